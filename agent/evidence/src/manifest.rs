@@ -1,0 +1,126 @@
+//! The manifest and `SHA256SUMS`: both follow from the chain alone, so a reader rebuilds and compares them.
+
+use crate::{
+    Error, SCHEMA,
+    chain::{Chain, Closing, Order, Outcome},
+    layout::{Artifact, CaptureId, Key},
+    records::host::Identity,
+    root::{Hash, root},
+    segments::SegmentEntry,
+    signature::PublicKey,
+    text::json_line,
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The largest manifest or `SHA256SUMS` that is read, in bytes.
+pub const MAX_MANIFEST: u64 = 256 << 20;
+
+/// One artifact: its segments and their root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArtifactEntry {
+    /// Its name.
+    pub artifact: Artifact,
+    /// Bytes as stored.
+    pub stored: u64,
+    /// Bytes of plaintext.
+    pub plain: u64,
+    /// Records, for an artifact of records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub records: Option<u64>,
+    /// Root over the SHA-256 of its segments.
+    pub root: Hash,
+    /// The segments in order.
+    pub segments: Vec<SegmentEntry>,
+}
+
+/// What a whole capture is, on one page. Signed by the capture's key; the last object written.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// The capture.
+    pub capture: CaptureId,
+    /// Its key.
+    pub key: PublicKey,
+    /// The order.
+    pub order: Order,
+    /// The host.
+    pub host: Identity,
+    /// When the chain was opened.
+    pub opened: Timestamp,
+    /// When it was closed.
+    pub closed: Timestamp,
+    /// The outcome of every step.
+    pub outcomes: Vec<Outcome>,
+    /// Every artifact, by name.
+    pub artifacts: Vec<ArtifactEntry>,
+    /// SHA-256 of every progress object, in order.
+    pub events: Vec<Hash>,
+    /// How the capture ended.
+    pub closing: Closing,
+    /// SHA-256 of `SHA256SUMS`.
+    pub sums: Hash,
+    /// Root over the roots of the artifacts.
+    pub root: Hash,
+}
+
+/// The artifacts of a chain, by name.
+pub fn artifacts(chain: &Chain) -> Vec<ArtifactEntry> {
+    let mut by_name: BTreeMap<&Artifact, Vec<SegmentEntry>> = BTreeMap::new();
+    for segment in chain.segments() {
+        by_name.entry(&segment.artifact).or_default().push(segment.clone());
+    }
+    let entry = |(artifact, segments): (&Artifact, Vec<SegmentEntry>)| ArtifactEntry {
+        artifact: artifact.clone(),
+        // Sums of what a hostile store claims must not overflow.
+        stored: segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored)),
+        plain: segments.iter().fold(0, |sum, s| sum.saturating_add(s.plain)),
+        records: segments.iter().try_fold(0u64, |sum, s| s.records.map(|n| sum.saturating_add(n))),
+        root: root(&segments.iter().map(|s| s.sha256).collect::<Vec<_>>()),
+        segments,
+    };
+    by_name.into_iter().map(entry).collect()
+}
+
+/// `SHA256SUMS` of a chain.
+pub fn sums(chain: &Chain) -> String {
+    let events = chain.events().iter().map(|(sha256, e)| Key::Event { sequence: e.sequence, sha256: *sha256 });
+    let mut keys: Vec<Key> = events.chain(chain.segments().map(SegmentEntry::key)).collect();
+    keys.sort_by_key(Key::to_string);
+    let line = |key: &Key| key.sha256().map(|sha256| format!("{sha256}  {key}\n"));
+    keys.iter().filter_map(line).collect()
+}
+
+impl Manifest {
+    /// The manifest of a closed chain.
+    pub fn of(chain: &Chain) -> Result<Self, Error> {
+        let open = || Error::Chain("the chain was never closed".to_owned());
+        let (Some(opening), Some(closing)) = (chain.opening(), chain.closing()) else { return Err(open()) };
+        let (Some((_, first)), Some((_, last))) = (chain.events().first(), chain.events().last()) else {
+            return Err(open());
+        };
+        let artifacts = artifacts(chain);
+        Ok(Manifest {
+            schema: SCHEMA.to_owned(),
+            capture: chain.capture(),
+            key: chain.key(),
+            order: opening.order.clone(),
+            host: opening.host.clone(),
+            opened: first.at,
+            closed: last.at,
+            outcomes: chain.outcomes().cloned().collect(),
+            events: chain.events().iter().map(|(hash, _)| *hash).collect(),
+            closing: closing.clone(),
+            sums: Hash::of(sums(chain).as_bytes()),
+            root: root(&artifacts.iter().map(|a| a.root).collect::<Vec<_>>()),
+            artifacts,
+        })
+    }
+
+    /// The payload that is signed.
+    pub fn payload(&self) -> Result<String, Error> {
+        json_line(self)
+    }
+}
