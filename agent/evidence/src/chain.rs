@@ -178,7 +178,9 @@ pub struct Outcome {
 /// Something that could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// The first thing that it happened to, such as `/proc/17/environ`.
+    /// What kind of thing: `environ`, `utmp`, …
+    pub what: String,
+    /// The first one that it happened to, such as `/proc/17/environ`.
     pub source: Text,
     /// The error number of the system, where there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -187,6 +189,31 @@ pub struct Problem {
     pub error: String,
     /// How many times, this first one included.
     pub count: u64,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.count {
+            1 => write!(f, "{}: {}", self.source, self.error),
+            n => write!(f, "{n} × {}: {} (first: {})", self.what, self.error, self.source),
+        }
+    }
+}
+
+/// One line for a person: what was collected, how it ended, what it took, the first thing to know of it.
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let took = self.ended.as_millisecond() - self.started.as_millisecond();
+        let records = if self.records == 1 { "record " } else { "records" };
+        write!(f, "{:<16} {:<11} {:>7} {records} {took:>6} ms", self.kind.as_str(), self.status, self.records)?;
+        let more = |n: usize| if n > 1 { format!("; {} more", n - 1) } else { String::new() };
+        match (&self.reason, self.problems.first(), self.notes.is_empty()) {
+            (Some(reason), ..) => write!(f, "   {}", crate::text::printable(reason.as_bytes())),
+            (None, Some(problem), _) => write!(f, "   {problem}{}", more(self.problems.len())),
+            (None, None, false) => write!(f, "   {}", crate::text::printable(self.notes.join(", ").as_bytes())),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The last event.

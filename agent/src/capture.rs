@@ -1,0 +1,377 @@
+//! A capture from its order to its manifest: the only place that knows both collectors and stores.
+//!
+//! The order of things is the promise: the first event lands before anything is collected; a step's event lands after its
+//! segments were acknowledged; then the last event, `SHA256SUMS`, the manifest. At any moment at which the agent is
+//! killed, what is in the store is a valid beginning.
+
+use crate::{
+    cancel::Cancel,
+    plan::Profile,
+    store::Store,
+    worker::{Event as Step, Task, supervise},
+};
+use jiff::Timestamp;
+use std::{
+    collections::VecDeque,
+    io,
+    path::PathBuf,
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread::Scope,
+    time::Instant,
+};
+use stillframe_evidence::{
+    Error,
+    chain::{self, AgentIdentity, Chain, ChainWriter, Closing, Event, Footprint, Opening, Order, Outcome, Status, What},
+    layout::{Artifact, CaptureId, Key, Kind},
+    manifest::{Manifest, sums},
+    root::Hash,
+    segments::{Packed, RecordPacker, SegmentEntry},
+    signature::CaptureKey,
+    text::Text,
+};
+
+/// The zstd level of records: they are few, and the host's processor is somebody's evidence too.
+const LEVEL: i32 = 3;
+
+/// What is asked for.
+pub struct Request {
+    /// The id that the orderer minted.
+    pub id: CaptureId,
+    /// The order.
+    pub order: Order,
+    /// The profile that the order names.
+    pub profile: Profile,
+    /// Where the host's root is mounted: `/`, or a folder in a privileged container.
+    pub root: PathBuf,
+}
+
+/// Why a capture has no manifest.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The store took the chain no further; what it took before is valid, and `salvage` reads it.
+    #[error("the store failed at {key}: {source}")]
+    Store {
+        /// What it would not take.
+        key: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The system gave no randomness for the key, or no thread.
+    #[error("{what}: {why}")]
+    System {
+        /// What was asked of it.
+        what: &'static str,
+        /// Why not.
+        why: String,
+    },
+    /// The format refused what the agent made: a defect of the agent.
+    #[error("the evidence contradicts itself: {0}")]
+    Format(#[from] Error),
+}
+
+/// Runs the capture. `tell` hears every event as soon as the store has it. The outcome of every step is in the chain that
+/// comes back, which is closed.
+pub fn run(
+    request: &Request,
+    store: &dyn Store,
+    cancel: &Cancel,
+    mut tell: impl FnMut(&Event),
+) -> Result<Chain, Failure> {
+    std::thread::scope(|scope| {
+        let key = new_key()?;
+        let mut session = Session {
+            store,
+            opened: Instant::now(),
+            writer: ChainWriter::new(key, request.id),
+            chain: None,
+            put: Putter::start(scope, store)?,
+            acknowledged: Vec::new(),
+            waiting: VecDeque::new(),
+            current: None,
+            footprint: Footprint { pids: vec![std::process::id()], ..Footprint::default() },
+            tell: &mut tell,
+        };
+        session.open(request)?;
+        session.steps(request, cancel)?;
+        session.close(cancel)
+    })
+}
+
+fn new_key() -> Result<CaptureKey, Failure> {
+    let mut seed = [0; 32];
+    let result = getrandom::fill(&mut seed);
+    let key = CaptureKey::from_seed(&seed);
+    seed.fill(0);
+    result.map(|()| key).map_err(|e| Failure::System { what: "no random key for this capture", why: e.to_string() })
+}
+
+/// Puts segments beside the collecting, so that neither waits for the other.
+struct Putter {
+    give: SyncSender<Packed>,
+    taken: Receiver<(SegmentEntry, io::Result<()>)>,
+    in_flight: usize,
+}
+
+impl Putter {
+    fn start<'scope, 'env>(scope: &'scope Scope<'scope, 'env>, store: &'env dyn Store) -> Result<Self, Failure> {
+        let (give, jobs) = sync_channel::<Packed>(1);
+        let (done, taken) = sync_channel(64);
+        std::thread::Builder::new()
+            .name("store".to_owned())
+            .spawn_scoped(scope, move || {
+                for Packed { bytes, mut entry } in jobs {
+                    let result = store.put(&entry.key(), &bytes).map(|receipt| entry.receipt = receipt);
+                    if done.send((entry, result)).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|e| Failure::System { what: "no thread for the store", why: e.to_string() })?;
+        Ok(Putter { give, taken, in_flight: 0 })
+    }
+}
+
+/// The step under way.
+struct Current {
+    packer: RecordPacker,
+    outcome: Outcome,
+    failed: Option<String>,
+}
+
+struct Session<'a> {
+    store: &'a dyn Store,
+    opened: Instant,
+    writer: ChainWriter,
+    chain: Option<Chain>,
+    put: Putter,
+    /// Segments that the store has and that no event has named yet.
+    acknowledged: Vec<SegmentEntry>,
+    /// Outcomes whose segments are under way: the outcome, and how many it still waits for.
+    waiting: VecDeque<(Outcome, usize)>,
+    current: Option<Current>,
+    footprint: Footprint,
+    tell: &'a mut dyn FnMut(&Event),
+}
+
+impl Session<'_> {
+    fn open(&mut self, request: &Request) -> Result<(), Failure> {
+        let steps = request.profile.collectors();
+        let opening = Opening {
+            order: request.order.clone(),
+            plan: steps.map(step).collect::<Result<_, _>>()?,
+            key: self.writer.key(),
+            agent: identity(),
+            host: crate::sys::identity(&request.root),
+            clock: crate::sys::clock(request.order.ordered_at),
+            store: self.store.kind().to_owned(),
+        };
+        self.event(What::Opened(Box::new(opening)))
+    }
+
+    /// Makes the next event, puts it, and only then lets it count.
+    fn event(&mut self, what: What) -> Result<(), Failure> {
+        let segments = std::mem::take(&mut self.acknowledged);
+        let elapsed = u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (key, object, event) = self.writer.next(elapsed, segments, what)?;
+        self.object(&key, &object)?;
+        // The same reading that a verifier does, so that a chain that would not verify is never closed.
+        match &mut self.chain {
+            Some(chain) => chain.push(&object)?,
+            None => self.chain = Some(Chain::open(event.capture, &object)?),
+        }
+        (self.tell)(&event);
+        Ok(())
+    }
+
+    fn object(&mut self, key: &Key, bytes: &[u8]) -> Result<(), Failure> {
+        self.footprint.sent = self.footprint.sent.saturating_add(bytes.len() as u64);
+        match self.store.put(key, bytes) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(Failure::Store { key: key.to_string(), source }),
+        }
+    }
+
+    fn steps(&mut self, request: &Request, cancel: &Cancel) -> Result<(), Failure> {
+        let tasks: Vec<Task> = (0u64..)
+            .zip(request.profile.collectors())
+            .map(|(step, c)| Task { step, kind: c.kind.to_owned(), deadline: c.deadline })
+            .collect();
+        let cost = supervise(&request.root, &tasks, cancel, |event| match event {
+            Step::Begin(task) => self.begin(task),
+            Step::Record(line) => self.record(&line),
+            Step::End(_, end) => self.end(end),
+        })?;
+        while self.put.in_flight > 0 {
+            self.settle(true);
+        }
+        self.report()?;
+        let own = crate::sys::usage();
+        let plus = |a: Option<u64>, b: Option<u64>| Some(a?.saturating_add(b.unwrap_or(0)));
+        self.footprint.pids.extend(cost.pids);
+        self.footprint.cpu_us = plus(own.cpu_us, cost.usage.cpu_us);
+        self.footprint.peak_resident = plus(own.peak_resident, cost.usage.peak_resident);
+        self.footprint.read = plus(own.read, cost.usage.read);
+        Ok(())
+    }
+
+    fn begin(&mut self, task: &Task) -> Result<(), Failure> {
+        let kind: Kind = task.kind.parse()?;
+        let packer = RecordPacker::new(Artifact::Volatile(kind.clone()), LEVEL)
+            .map_err(|e| Failure::System { what: "no compressor", why: e.to_string() })?;
+        let now = Timestamp::now();
+        let outcome = Outcome {
+            step: task.step,
+            kind,
+            status: Status::Complete,
+            reason: None,
+            problems: Vec::new(),
+            notes: Vec::new(),
+            records: 0,
+            bytes: 0,
+            started: now,
+            ended: now,
+        };
+        self.current = Some(Current { packer, outcome, failed: None });
+        Ok(())
+    }
+
+    fn record(&mut self, line: &[u8]) -> Result<(), Failure> {
+        self.settle(false);
+        self.report()?;
+        let Some(current) = &mut self.current else { return Ok(()) };
+        if current.failed.is_some() {
+            return Ok(());
+        }
+        match current.packer.push(line) {
+            Ok(packed) => {
+                current.outcome.records += 1;
+                current.outcome.bytes += line.len() as u64 + 1;
+                if let Some(packed) = packed {
+                    self.send(packed);
+                }
+            }
+            Err(error) => current.failed = Some(format!("a record could not be packed: {error}")),
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, packed: Packed) {
+        self.footprint.sent = self.footprint.sent.saturating_add(packed.entry.stored);
+        if self.put.give.send(packed).is_ok() {
+            self.put.in_flight += 1;
+        }
+    }
+
+    fn end(&mut self, end: crate::worker::End) -> Result<(), Failure> {
+        let Some(mut current) = self.current.take() else { return Ok(()) };
+        self.footprint.buffers = vec![current.packer.buffer()];
+        if current.failed.is_none() {
+            match current.packer.flush() {
+                Ok(Some(packed)) => self.send(packed),
+                Ok(None) => (),
+                Err(error) => current.failed = Some(format!("a record could not be packed: {error}")),
+            }
+        }
+        let outcome = &mut current.outcome;
+        outcome.status = end.status;
+        outcome.reason = end.reason;
+        outcome.problems = end.problems;
+        outcome.notes = end.notes;
+        outcome.ended = Timestamp::now();
+        if let Some(why) = current.failed {
+            outcome.status = Status::Failed;
+            outcome.reason = Some(why);
+        }
+        // Its segments are behind everything that is in flight now.
+        self.waiting.push_back((current.outcome, self.put.in_flight));
+        self.settle(false);
+        self.report()
+    }
+
+    /// Takes what the store has answered; waits for one answer when `wait` is set.
+    fn settle(&mut self, wait: bool) {
+        let mut wait = wait;
+        loop {
+            let answer = if wait { self.put.taken.recv().ok() } else { self.put.taken.try_recv().ok() };
+            wait = false;
+            let Some((entry, result)) = answer else { return };
+            self.put.in_flight -= 1;
+            for (_, left) in &mut self.waiting {
+                *left = left.saturating_sub(1);
+            }
+            match result {
+                // A gap in the numbers would make the rest of the artifact unreadable: it ends before the first loss.
+                Ok(()) if !self.lost(&entry) => self.acknowledged.push(entry),
+                Ok(()) => (),
+                Err(error) => self.fail(&entry, &error),
+            }
+        }
+    }
+
+    fn outcome_of(&mut self, entry: &SegmentEntry) -> Option<&mut Outcome> {
+        let Artifact::Volatile(kind) = &entry.artifact;
+        let current = self.current.as_mut().map(|c| &mut c.outcome);
+        self.waiting.iter_mut().map(|(outcome, _)| outcome).chain(current).find(|o| o.kind == *kind)
+    }
+
+    fn lost(&mut self, entry: &SegmentEntry) -> bool {
+        self.outcome_of(entry).is_none_or(|o| o.status == Status::Failed)
+    }
+
+    fn fail(&mut self, entry: &SegmentEntry, error: &io::Error) {
+        let why = format!("segment {} was not stored: {}", entry.number, crate::collect::describe(error));
+        if let Some(current) = &mut self.current
+            && Artifact::Volatile(current.outcome.kind.clone()) == entry.artifact
+        {
+            current.failed.get_or_insert(why.clone());
+        }
+        if let Some(outcome) = self.outcome_of(entry)
+            && outcome.status != Status::Failed
+        {
+            outcome.status = Status::Failed;
+            outcome.reason = Some(why);
+        }
+    }
+
+    /// An event for every outcome whose segments have all been answered.
+    fn report(&mut self) -> Result<(), Failure> {
+        while self.waiting.front().is_some_and(|(_, left)| *left == 0) {
+            if let Some((outcome, _)) = self.waiting.pop_front() {
+                self.event(What::Step(outcome))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn close(mut self, cancel: &Cancel) -> Result<Chain, Failure> {
+        let stopped = cancel.requested().map(|why| format!("stopped: {why}"));
+        let footprint = self.footprint.clone();
+        self.event(What::Closed(Closing { stopped, footprint }))?;
+        let Some(chain) = self.chain.take() else {
+            return Err(Failure::Format(Error::Chain("the chain was never opened".to_owned())));
+        };
+        self.object(&Key::Sums, sums(&chain).as_bytes())?;
+        let manifest = self.writer.seal(&Manifest::of(&chain)?.payload()?);
+        self.object(&Key::Manifest, &manifest)?;
+        let end = |source| Failure::Store { key: "its end".to_owned(), source };
+        self.store.finish().map_err(end)?;
+        Ok(chain)
+    }
+}
+
+/// How a collector stands in the plan.
+pub fn step(collector: &crate::collect::Collector) -> Result<chain::Step, Error> {
+    Ok(chain::Step { kind: collector.kind.parse()?, deadline_s: collector.deadline.as_secs() })
+}
+
+fn identity() -> AgentIdentity {
+    let program = crate::sys::own_program();
+    AgentIdentity {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        pid: std::process::id(),
+        path: std::env::current_exe().map(|p| Text::from(p.as_os_str().as_encoded_bytes())).unwrap_or_default(),
+        sha256: program.and_then(std::fs::read).ok().map(|bytes| Hash::of(&bytes)),
+        argv: std::env::args_os().map(|a| Text::from(a.as_encoded_bytes())).collect(),
+    }
+}

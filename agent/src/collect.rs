@@ -1,0 +1,273 @@
+//! What a collector is, and what it is given: a way to say what it found, what it could not read, and what it is about
+//! to touch. This is the worker's side of the pipe; the parent's is in [`crate::worker`].
+
+use crate::worker::{Job, Message};
+use jiff::Timestamp;
+use serde::Serialize;
+use stillframe_evidence::{
+    chain::{Problem, Status},
+    records::{Data, FieldError, Record},
+    text::{Text, json_line},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// A kind of volatile data and how it is read on this platform.
+pub struct Collector {
+    /// Its name.
+    pub kind: &'static str,
+    /// One line for a person.
+    pub about: &'static str,
+    /// When the step is ended with what it has.
+    pub deadline: Duration,
+    /// Reads it all.
+    pub collect: fn(&mut Collection) -> Result<(), Unsupported>,
+}
+
+/// This kernel or this platform does not have what was asked for; the string says what is missing.
+pub struct Unsupported(pub String);
+
+/// What a worker keeps between the steps that it runs.
+#[derive(Default)]
+pub struct Memory {
+    /// Process id and start of the first look, so that the second can tell a reused id.
+    pub seen: BTreeMap<u32, u64>,
+    /// What the platform's collectors share.
+    pub look: crate::sys::Look,
+}
+
+/// What a collector works with.
+pub struct Collection<'a> {
+    job: &'a Job,
+    /// Item at which this worker takes over from one that was lost, and the fields of it that are not to be touched.
+    resume: (u64, &'a [String]),
+    item: u64,
+    pipe: &'a mut BufWriter<Box<dyn Write>>,
+    alive: Instant,
+    /// What the steps share.
+    pub memory: &'a mut Memory,
+}
+
+/// A field that a lost worker was at is not read again.
+#[derive(Debug)]
+pub struct Avoided;
+
+impl<'a> Collection<'a> {
+    /// Where the host's root is: `/`, or where a container has it mounted.
+    pub fn root(&self) -> &'a Path {
+        &self.job.root
+    }
+
+    /// A path of the host, given without its leading slash.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.job.root.join(path)
+    }
+
+    /// True for the mounts on which a worker has hung.
+    pub fn avoids_mount(&self, mount: u64) -> bool {
+        self.job.avoid_mounts.contains(&mount)
+    }
+
+    /// Begins the item `key`; false when a worker before this one has done it. Keys must rise.
+    pub fn item(&mut self, key: u64, name: impl AsRef<[u8]>) -> bool {
+        if key < self.resume.0 {
+            return false;
+        }
+        self.item = key;
+        self.send(&Message::Item { key, name: Text(name.as_ref().to_vec()) });
+        true
+    }
+
+    /// Says that `field` of this item is read next and that reading it may hang. An error when a worker has been lost
+    /// there before. `mount` is where the file lies, when that is known.
+    pub fn touching(&mut self, field: &'static str, mount: Option<u64>) -> Result<(), Avoided> {
+        let lost = self.item == self.resume.0 && self.resume.1.iter().any(|f| f == field);
+        if lost || mount.is_some_and(|m| self.avoids_mount(m)) {
+            return Err(Avoided);
+        }
+        self.send(&Message::Touching { field: field.to_owned(), mount });
+        self.flush();
+        Ok(())
+    }
+
+    /// Says that a long read goes on.
+    pub fn alive(&mut self) {
+        if self.alive.elapsed() > Duration::from_millis(200) {
+            self.alive = Instant::now();
+            self.send(&Message::Alive);
+            self.flush();
+        }
+    }
+
+    /// A record. What it could not read counts against the outcome, unless it had simply gone.
+    pub fn record(&mut self, source: impl AsRef<[u8]>, read_at: Timestamp, data: Data, errors: Vec<FieldError>) {
+        for error in errors.iter().filter(|e| !is_gone(e.errno)) {
+            self.send(&Message::Problem(Problem {
+                what: error.field.clone(),
+                source: error.source.clone(),
+                errno: error.errno,
+                error: error.error.clone(),
+                count: 1,
+            }));
+        }
+        let record = Record { source: Text(source.as_ref().to_vec()), read_at, errors, data };
+        match json_line(&record) {
+            Ok(line) => self.raw(b'R', line.as_bytes()),
+            Err(error) => self.problem("record", &record.source.0, None, error),
+        }
+    }
+
+    /// Something that could not be read and that no record stands for.
+    pub fn problem(
+        &mut self,
+        what: &str,
+        source: impl AsRef<[u8]>,
+        errno: Option<i32>,
+        error: impl std::fmt::Display,
+    ) {
+        self.send(&Message::Problem(Problem {
+            what: what.to_owned(),
+            source: Text(source.as_ref().to_vec()),
+            errno,
+            error: error.to_string(),
+            count: 1,
+        }));
+    }
+
+    /// The same, from an I/O error.
+    pub fn unread(&mut self, what: &str, source: impl AsRef<[u8]>, error: &io::Error) {
+        self.problem(what, source, error.raw_os_error(), describe(error));
+    }
+
+    /// Something a reader of the outcome should know.
+    pub fn note(&mut self, note: String) {
+        self.send(&Message::Note(note));
+    }
+
+    /// Remembers a process, here and with the parent, in case this worker is lost.
+    pub fn seen(&mut self, pid: u32, start_ticks: u64) {
+        self.memory.seen.insert(pid, start_ticks);
+        self.send(&Message::Seen { pid, start_ticks });
+    }
+
+    fn send(&mut self, message: &Message) {
+        message.write(self.pipe).unwrap_or_else(|_| orphaned());
+    }
+
+    fn raw(&mut self, tag: u8, body: &[u8]) {
+        crate::worker::write_frame(self.pipe, tag, body).unwrap_or_else(|_| orphaned());
+    }
+
+    fn flush(&mut self) {
+        self.pipe.flush().unwrap_or_else(|_| orphaned());
+    }
+}
+
+/// A worker without a parent has nothing left to do.
+fn orphaned() {
+    std::process::exit(0);
+}
+
+/// The error of the system, without the ` (os error 13)` that the standard library appends.
+pub fn describe(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rsplit_once(" (os error ") {
+        Some((text, _)) => text.to_owned(),
+        None => text,
+    }
+}
+
+/// True for the errors that mean that the thing had gone: ENOENT, ESRCH.
+pub fn is_gone(errno: Option<i32>) -> bool {
+    matches!(errno, Some(2 | 3))
+}
+
+/// Collects the fields that could not be read, for a record.
+#[derive(Default)]
+pub struct Errors(pub Vec<FieldError>);
+
+impl Errors {
+    /// The value, or nothing and an entry.
+    pub fn keep<T>(&mut self, field: &str, source: impl AsRef<[u8]>, result: io::Result<T>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.0.push(FieldError {
+                    field: field.to_owned(),
+                    source: Text(source.as_ref().to_vec()),
+                    errno: error.raw_os_error(),
+                    error: describe(&error),
+                });
+                None
+            }
+        }
+    }
+
+    /// The same, where absence is an answer: ENOENT gives nothing and no entry.
+    pub fn keep_present<T>(
+        &mut self,
+        field: &str,
+        source: impl AsRef<[u8]>,
+        result: io::Result<T>,
+    ) -> Option<T> {
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            result => self.keep(field, source, result),
+        }
+    }
+
+    /// A field that a worker was lost on.
+    pub fn avoided(&mut self, field: &str, source: impl AsRef<[u8]>) {
+        let error = io::Error::other("not read: a worker that read here was lost");
+        let _: Option<()> = self.keep(field, source, Err(error));
+    }
+}
+
+/// What a worker tells of itself when it is done.
+#[derive(Debug, Clone, Copy, Default, Serialize, serde::Deserialize)]
+pub struct Usage {
+    /// Processor time, microseconds.
+    pub cpu_us: Option<u64>,
+    /// Largest resident memory, bytes.
+    pub peak_resident: Option<u64>,
+    /// Bytes read by system calls.
+    pub read: Option<u64>,
+}
+
+/// The worker's whole life: reads its job from `input`, runs its steps, writes messages to `output`.
+pub fn work(input: impl io::Read, output: Box<dyn Write>) -> io::Result<()> {
+    let job: Job = serde_json::from_reader(input).map_err(io::Error::other)?;
+    let mut pipe = BufWriter::with_capacity(32 << 10, output);
+    let mut memory = Memory { seen: job.seen.iter().copied().collect(), ..Memory::default() };
+    let mut resume = (job.resume.key, job.resume.avoid.as_slice());
+    let known: BTreeSet<&str> = crate::sys::COLLECTORS.iter().map(|c| c.kind).collect();
+    for (index, kind) in &job.steps {
+        Message::Begin { step: *index }.write(&mut pipe)?;
+        pipe.flush()?;
+        let collector = crate::sys::COLLECTORS.iter().find(|c| c.kind == kind.as_str());
+        let result = match collector {
+            Some(collector) => (collector.collect)(&mut Collection {
+                job: &job,
+                resume,
+                item: 0,
+                pipe: &mut pipe,
+                alive: Instant::now(),
+                memory: &mut memory,
+            }),
+            None => Err(Unsupported(format!("this platform collects {known:?}"))),
+        };
+        resume = (0, &[]);
+        let (status, reason) = match result {
+            Ok(()) => (Status::Complete, None),
+            Err(Unsupported(why)) => (Status::Unsupported, Some(why)),
+        };
+        Message::End { step: *index, status, reason }.write(&mut pipe)?;
+        pipe.flush()?;
+    }
+    Message::Bye(crate::sys::usage()).write(&mut pipe)?;
+    pipe.flush()
+}

@@ -1,0 +1,5 @@
+//! `stillframe-agent`: see the library of this package.
+
+fn main() -> std::process::ExitCode {
+    stillframe_agent::cli::run()
+}

@@ -1,0 +1,36 @@
+//! Where evidence goes. A store takes whole objects, each once, and answers with a receipt; it knows nothing of kinds,
+//! and nothing that it took is ever read back.
+
+mod directory;
+mod pipe;
+
+pub use directory::Directory;
+pub use pipe::Pipe;
+
+use std::io;
+use stillframe_evidence::{
+    layout::{CaptureId, Key},
+    segments::Receipt,
+};
+
+/// A place for the objects of one capture.
+pub trait Store: Send + Sync {
+    /// What the chain calls it.
+    fn kind(&self) -> &'static str;
+    /// Puts one object under the capture's prefix. When this returns, the object is as safe as the store can make it;
+    /// when it fails, no object of that name is there through this call.
+    fn put(&self, key: &Key, bytes: &[u8]) -> io::Result<Receipt>;
+    /// After the last object.
+    fn finish(&self) -> io::Result<()>;
+}
+
+/// Opens the store that `target` names: `-` for standard output, else a directory.
+pub fn open(target: &str, capture: CaptureId) -> Result<Box<dyn Store>, String> {
+    if let Some((scheme, _)) = target.split_once("://") {
+        return Err(format!("--store {target}: stores of scheme {scheme} are not supported; use a directory or -"));
+    }
+    if target == "-" {
+        return Ok(Box::new(Pipe::new(io::stdout(), capture)));
+    }
+    Directory::create(target.as_ref(), capture).map(|d| Box::new(d) as Box<dyn Store>)
+}

@@ -1,0 +1,135 @@
+//! A directory. An object is written under a temporary name outside the capture's folder, synced, and then linked to
+//! its own name, which fails if that is taken: whatever stands in the folder is whole. Nothing stays in the page cache,
+//! since on a small guest that would push out what is being investigated.
+
+use super::Store;
+use crate::collect::describe;
+use std::{
+    collections::BTreeSet,
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use stillframe_evidence::{
+    layout::{CaptureId, Key, Writer, evidence_prefix},
+    segments::Receipt,
+};
+
+/// A directory store, open for one capture.
+pub struct Directory {
+    capture: PathBuf,
+    partial: PathBuf,
+    id: CaptureId,
+    next: AtomicU64,
+    folders: Mutex<BTreeSet<PathBuf>>,
+}
+
+impl Directory {
+    /// Prepares the folder of `id` below `base`, which is made if it is missing, but not its parents. An error is one
+    /// line for the person who named the directory.
+    pub fn create(base: &Path, id: CaptureId) -> Result<Self, String> {
+        let wrong = |what: &str, error: io::Error| format!("--store {}: {what}: {}", base.display(), describe(&error));
+        match fs::create_dir(base) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(format!("--store {}: its parent directory does not exist", base.display()));
+            }
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(wrong("cannot be made", error)),
+            _ => (),
+        }
+        if !fs::metadata(base).map_err(|e| wrong("cannot be read", e))?.is_dir() {
+            return Err(format!("--store {}: not a directory", base.display()));
+        }
+        let base = fs::canonicalize(base).map_err(|e| wrong("cannot be resolved", e))?;
+        let capture = base.join(evidence_prefix(&Writer::local(), id));
+        let partial = base.join(".partial");
+        fs::create_dir_all(&partial).map_err(|e| wrong("cannot be written to", e))?;
+        if let Some(parent) = capture.parent() {
+            fs::create_dir_all(parent).map_err(|e| wrong("cannot be written to", e))?;
+        }
+        fs::create_dir(&capture).map_err(|e| wrong("a capture of this id cannot be begun", e))?;
+        for folder in capture.ancestors().take_while(|folder| folder.starts_with(&base)) {
+            crate::sys::sync_folder(folder).map_err(|e| wrong("cannot be synced", e))?;
+        }
+        Ok(Directory { capture, partial, id, next: AtomicU64::new(0), folders: Mutex::default() })
+    }
+
+    fn write(&self, temporary: &Path, bytes: &[u8]) -> io::Result<()> {
+        let mut file: File = OpenOptions::new().write(true).create_new(true).open(temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        crate::sys::drop_cache(&file);
+        Ok(())
+    }
+}
+
+impl Store for Directory {
+    fn kind(&self) -> &'static str {
+        "directory"
+    }
+
+    fn put(&self, key: &Key, bytes: &[u8]) -> io::Result<Receipt> {
+        let target = self.capture.join(key.to_string());
+        let folder = target.parent().unwrap_or(&self.capture);
+        if let Ok(mut made) = self.folders.lock()
+            && !made.contains(folder)
+        {
+            fs::create_dir_all(folder)?;
+            for parent in folder.ancestors().skip(1).take_while(|parent| parent.starts_with(&self.capture)) {
+                crate::sys::sync_folder(parent)?;
+            }
+            made.insert(folder.to_owned());
+        }
+        let temporary = self.partial.join(format!("{}-{}", self.id, self.next.fetch_add(1, Ordering::Relaxed)));
+        let placed = self.write(&temporary, bytes).and_then(|()| crate::sys::place(&temporary, &target));
+        // Gone already where it was renamed; a rest of a failed write gives its space back.
+        let _ = fs::remove_file(&temporary);
+        placed?;
+        crate::sys::sync_folder(folder)?;
+        Ok(Receipt { confirmed: true, ..Receipt::default() })
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        // Fails while another capture writes here, which is right.
+        let _ = fs::remove_dir(&self.partial);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stillframe_evidence::root::Hash;
+
+    fn key(bytes: &[u8]) -> Key {
+        Key::Event { sequence: 1, sha256: Hash::of(bytes) }
+    }
+
+    #[test]
+    fn an_object_is_there_once_and_whole() {
+        let base = tempfile::tempdir().unwrap();
+        let id = CaptureId::mint();
+        let store = Directory::create(&base.path().join("new"), id).unwrap();
+        store.put(&key(b"x"), b"x").unwrap();
+        let again = store.put(&key(b"x"), b"y").unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+        let file = base.path().join("new").join(evidence_prefix(&Writer::local(), id)).join(key(b"x").to_string());
+        assert_eq!(fs::read(file).unwrap(), b"x");
+        store.finish().unwrap();
+        assert!(!base.path().join("new/.partial").exists());
+        assert!(Directory::create(&base.path().join("new"), id).is_err(), "the same capture twice");
+    }
+
+    #[test]
+    fn a_wrong_path_is_one_clear_line() {
+        let base = tempfile::tempdir().unwrap();
+        fs::write(base.path().join("file"), b"").unwrap();
+        for (path, says) in [("file", "not a directory"), ("no/where", "its parent directory does not exist")] {
+            let error = Directory::create(&base.path().join(path), CaptureId::mint()).err().unwrap();
+            assert!(error.contains(says) && !error.contains('\n'), "{error}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Linux: read from procfs and sysfs first, from netlink only where that cannot make the kernel load a module (which
+//! would run the program that `kernel.modprobe` names). Paths of the host are taken below [`Collection::root`], so that
+//! an agent in a privileged container, or a test with a folder of files, reads the same way.
+//!
+//! [`Collection::root`]: crate::collect::Collection::root
+
+mod clock;
+mod details;
+mod host;
+mod look;
+mod modules;
+mod mounts;
+mod netlink;
+mod netns;
+mod proc;
+mod processes;
+mod routes;
+mod sessions;
+mod sockdiag;
+mod sockets;
+
+pub use clock::clock;
+pub use host::identity;
+pub use look::Look;
+
+use crate::collect::{Collector, Usage};
+use std::{
+    ffi::OsStr,
+    fs::{self, File},
+    io,
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::Duration,
+};
+
+/// The kinds that this platform can collect.
+pub const COLLECTORS: &[Collector] = &[
+    collector("host", "identity, kernel, clock, taint, lockdown, swap, virtualisation", 10, host::collect),
+    collector("processes", "every process by procfs: identity, rights, namespaces, container, open files", 60, processes::collect),
+    collector("process-details", "hash of each running program, environments, mappings", 300, details::collect),
+    collector("sockets", "every family, every network namespace, with owners", 60, sockets::collect),
+    collector("routes", "interfaces, addresses, routes, neighbours, tracked connections", 30, routes::collect),
+    collector("modules", "kernel modules by procfs and sysfs", 10, modules::collect),
+    collector("mounts", "mounts of every mount namespace", 30, mounts::collect),
+    collector("sessions", "logins by utmp, sessions by logind", 10, sessions::collect),
+];
+
+const fn collector(
+    kind: &'static str,
+    about: &'static str,
+    deadline_s: u64,
+    collect: fn(&mut crate::collect::Collection) -> Result<(), crate::collect::Unsupported>,
+) -> Collector {
+    Collector { kind, about, deadline: Duration::from_secs(deadline_s), collect }
+}
+
+/// The running program, even when its file was deleted.
+pub fn own_program() -> io::Result<PathBuf> {
+    Ok(PathBuf::from("/proc/self/exe"))
+}
+
+/// Makes this process end when its parent does, and keeps nothing of its parent's open.
+pub fn die_with_parent() {
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    close_inherited();
+}
+
+fn close_inherited() {
+    // SAFETY: the worker has opened nothing yet, so no descriptor above 2 belongs to anything in this process.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32);
+    }
+}
+
+/// How a process ended, in words.
+pub fn exit_reason(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => format!("was killed by signal {signal}"),
+        (None, Some(code)) => format!("ended with code {code}"),
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+/// What this process has cost so far.
+pub fn usage() -> Usage {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let cpu_us = u64::try_from(time.tv_sec).ok().zip(u64::try_from(time.tv_nsec / 1000).ok());
+    let line = |path: &str, name: &str| {
+        let text = fs::read_to_string(path).ok()?;
+        text.lines().find_map(|l| l.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok())
+    };
+    Usage {
+        cpu_us: cpu_us.map(|(s, us)| s.saturating_mul(1_000_000).saturating_add(us)),
+        peak_resident: line("/proc/self/status", "VmHWM:").map(|kib| kib.saturating_mul(1024)),
+        read: line("/proc/self/io", "rchar:"),
+    }
+}
+
+/// Gives `temporary` the name `target`, unless that is taken.
+pub fn place(temporary: &Path, target: &Path) -> io::Result<()> {
+    match fs::hard_link(temporary, target) {
+        // File systems without links (FAT, exFAT): a rename that does not replace.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP | libc::EMLINK)) => {
+            let flags = rustix::fs::RenameFlags::NOREPLACE;
+            Ok(rustix::fs::renameat_with(rustix::fs::CWD, temporary, rustix::fs::CWD, target, flags)?)
+        }
+        result => result,
+    }
+}
+
+/// Makes the names in a folder last.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Gives the pages of a file that was just synced back.
+pub fn drop_cache(file: &File) {
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+}
+
+fn os(bytes: &[u8]) -> &OsStr {
+    std::os::unix::ffi::OsStrExt::from_bytes(bytes)
+}

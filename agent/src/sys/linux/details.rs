@@ -1,0 +1,248 @@
+//! The second look at the processes: what touches their pages and their files. Every such read is announced before it is
+//! made, so that a worker that hangs on it costs that one field of that one process.
+
+use super::proc::{ProcDir, hex, lines, mount_of, number, reopen, strings};
+use super::processes::parse_stat;
+use crate::collect::{Collection, Errors, Unsupported, is_gone};
+use jiff::Timestamp;
+use rustix::fs::{FileType, fstat};
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs::File,
+    io::{self, Read as _},
+    path::Path,
+};
+use stillframe_evidence::{
+    records::{
+        Data,
+        processes::{Image, Mapping, Mark, Process, ProcessDetails, SameProcess},
+    },
+    root::Hash,
+    text::Text,
+};
+
+/// Programs larger than this are not hashed: it is there to bound time, not to leave something out.
+const MAX_IMAGE: u64 = 4 << 30;
+
+/// Hashes of files that many processes run, by device, inode, size and change time.
+type Hashed = HashMap<(u64, u64, u64, i64, u64), Hash>;
+
+/// Every process with pages of its own, and those of the first look that have gone.
+pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
+    let proc = c.path("proc");
+    let listed = match ProcDir::open(&proc).and_then(|dir| dir.numbers(".")) {
+        Ok(pids) => pids,
+        Err(error) => return Err(Unsupported(format!("{}: {error}", proc.display()))),
+    };
+    let mut pids: BTreeSet<u32> = listed.into_iter().collect();
+    pids.extend(c.memory.seen.keys());
+    let mut hashed = Hashed::new();
+    let (mut gone, mut new, mut reused) = (0u64, 0u64, 0u64);
+    for pid in pids {
+        let source = proc.join(pid.to_string());
+        let name = source.as_os_str().as_encoded_bytes();
+        if !c.item(u64::from(pid), name) {
+            continue;
+        }
+        let read_at = Timestamp::now();
+        let mut errors = Errors::default();
+        let mut details = ProcessDetails { pid, ..ProcessDetails::default() };
+        let before = c.memory.seen.get(&pid).copied();
+        let dir = ProcDir::open(&source).ok();
+        let mut kernel_thread = false;
+        if let Some(stat) = dir.as_ref().and_then(|dir| dir.read("stat").ok()) {
+            let mut process = Process::default();
+            parse_stat(&stat, None, &mut process);
+            details.start_ticks = process.start_ticks;
+            kernel_thread = process.kernel_thread;
+        }
+        details.identity = match (before, details.start_ticks) {
+            (Some(before), Some(now)) if before == now => SameProcess::Same,
+            (Some(_), Some(_)) => SameProcess::Reused,
+            (Some(_), None) => SameProcess::Gone,
+            (None, Some(_)) if c.memory.seen.is_empty() => SameProcess::Unknown,
+            (None, Some(_)) => SameProcess::New,
+            // Listed, never seen alive.
+            (None, None) => continue,
+        };
+        gone += u64::from(details.identity == SameProcess::Gone);
+        new += u64::from(details.identity == SameProcess::New);
+        reused += u64::from(details.identity == SameProcess::Reused);
+        if kernel_thread {
+            continue;
+        }
+        if let Some(dir) = dir.filter(|_| details.identity != SameProcess::Gone) {
+            read(c, &dir, &source, &mut details, &mut errors, &mut hashed);
+        }
+        // It may end between two reads; that is the same news as its having gone before the first.
+        errors.0.retain(|e| !is_gone(e.errno));
+        c.record(name, read_at, Data::ProcessDetails(Box::new(details)), errors.0);
+    }
+    c.note(format!("{} hashed", stillframe_evidence::verdict::count(hashed.len(), "program")));
+    for (n, what) in [(gone, "ended"), (new, "started"), (reused, "replaced")] {
+        if n > 0 {
+            c.note(format!("{n} {what} since the first look"));
+        }
+    }
+    Ok(())
+}
+
+fn read(
+    c: &mut Collection,
+    dir: &ProcDir,
+    source: &Path,
+    details: &mut ProcessDetails,
+    errors: &mut Errors,
+    hashed: &mut Hashed,
+) {
+    let at = |name: &str| source.join(name).into_os_string().into_encoded_bytes();
+    match c.touching("environ", None) {
+        Ok(()) => details.environ = errors.keep("environ", at("environ"), dir.read("environ")).map(|b| strings(&b)),
+        Err(_) => errors.avoided("environ", at("environ")),
+    }
+    match c.touching("maps", None) {
+        Ok(()) => {
+            if let Some(maps) = errors.keep("maps", at("maps"), dir.read("maps")) {
+                details.maps = lines(&maps).filter_map(mapping).collect();
+            }
+        }
+        Err(_) => errors.avoided("maps", at("maps")),
+    }
+    // A process whose image is gone (a zombie) answers ENOENT.
+    let Some(image) = errors.keep_present("image", at("exe"), dir.path_only("exe")) else { return };
+    match c.touching("image", mount_of(&image)) {
+        Ok(()) => details.image = errors.keep("image", at("exe"), read_image(c, &image, hashed)),
+        Err(_) => errors.avoided("image", at("exe")),
+    }
+}
+
+fn read_image(c: &mut Collection, path: &std::os::fd::OwnedFd, hashed: &mut Hashed) -> io::Result<Image> {
+    let stat = fstat(path)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    #[allow(clippy::unnecessary_fallible_conversions, reason = "the width of these differs between platforms")]
+    let (changed_s, changed_ns) = (stat.st_ctime, u64::try_from(stat.st_ctime_nsec).unwrap_or(0));
+    let identity = (stat.st_dev, stat.st_ino, size, changed_s, changed_ns);
+    let sha256 = match hashed.get(&identity) {
+        Some(hash) => Some(*hash),
+        None if size > MAX_IMAGE => None,
+        None => {
+            let hash = hash(c, File::from(reopen(path)?), size)?;
+            hashed.insert(identity, hash);
+            Some(hash)
+        }
+    };
+    let time = |s: i64, ns: u64| Timestamp::new(s, i32::try_from(ns).ok()?).ok();
+    Ok(Image {
+        sha256,
+        size,
+        device: stat.st_dev,
+        inode: stat.st_ino,
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        #[allow(clippy::useless_conversion, reason = "the width of st_nlink differs between platforms")]
+        links: u64::from(stat.st_nlink),
+        #[allow(clippy::unnecessary_fallible_conversions, reason = "the width of these differs between platforms")]
+        modified: time(stat.st_mtime, u64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+        changed: time(changed_s, changed_ns),
+    })
+}
+
+fn hash(c: &mut Collection, mut file: File, size: u64) -> io::Result<Hash> {
+    let mut sha256 = Sha256::new();
+    let mut buffer = vec![0; 256 << 10];
+    let mut left = size;
+    loop {
+        let n = file.read(&mut buffer)?;
+        let Some(bytes) = buffer.get(..n).filter(|b| !b.is_empty()) else { break };
+        // A file that grows while it is read would never end.
+        left = left.checked_sub(n as u64).ok_or_else(|| io::Error::other("it grew while it was read"))?;
+        sha256.update(bytes);
+        c.alive();
+    }
+    if left > 0 {
+        return Err(io::Error::other("it shrank while it was read"));
+    }
+    Ok(Hash(sha256.finalize().into()))
+}
+
+/// One line of proc_pid_maps(5). The path begins at its first byte that is no blank and may hold blanks itself.
+fn mapping(line: &[u8]) -> Option<Mapping> {
+    let mut rest = line;
+    let mut field = || {
+        let start = rest.iter().position(|b| *b != b' ')?;
+        rest = rest.get(start..)?;
+        let end = rest.iter().position(|b| *b == b' ').unwrap_or(rest.len());
+        let (field, tail) = rest.split_at_checked(end)?;
+        rest = tail;
+        Some(field)
+    };
+    let range = field()?;
+    let dash = range.iter().position(|b| *b == b'-')?;
+    let (start, end) = (hex(range.get(..dash)?)?, hex(range.get(dash + 1..)?)?);
+    let (permissions, offset, device, inode) = (field()?, hex(field()?)?, field()?, number(field()?)?);
+    let path = rest.trim_ascii_start();
+    let path = (!path.is_empty()).then_some(path);
+    Some(Mapping {
+        start,
+        end,
+        permissions: Text::from(permissions),
+        offset,
+        device: Text::from(device),
+        inode,
+        path: path.map(Text::from),
+        marks: marks(permissions, inode, path.unwrap_or_default()),
+    })
+}
+
+fn marks(permissions: &[u8], inode: u64, path: &[u8]) -> Vec<Mark> {
+    let has = |b: u8| permissions.contains(&b);
+    // Pages that the kernel itself puts into every process.
+    let kernels_own = [&b"[vdso]"[..], b"[vvar]", b"[vsyscall]", b"[vvar_vclock]", b"[uprobes]"].contains(&path);
+    let memfd = path.starts_with(b"/memfd:");
+    // Shared anonymous memory, which the kernel shows as a deleted file.
+    let shared_anonymous = path == b"/dev/zero (deleted)" || path.starts_with(b"/SYSV");
+    let tests = [
+        (Mark::AnonymousExecutable, has(b'x') && !kernels_own && (inode == 0 || shared_anonymous)),
+        (Mark::WritableExecutable, has(b'x') && has(b'w')),
+        (Mark::DeletedFile, path.ends_with(b" (deleted)") && !memfd && !shared_anonymous),
+        (Mark::Memfd, memfd),
+    ];
+    tests.into_iter().filter(|(_, true_of_it)| *true_of_it).map(|(mark, _)| mark).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn paths_keep_their_blanks_and_marks_are_right() {
+        let cases: [(&str, Option<&str>, &[Mark]); 8] = [
+            ("00400000-00452000 r-xp 00000000 08:02 173521      /usr/bin/a  b c", Some("/usr/bin/a  b c"), &[]),
+            ("7f00-7f10 rwxp 00000000 00:00 0 ", None, &[Mark::AnonymousExecutable, Mark::WritableExecutable]),
+            ("7f00-7f10 r-xp 00000000 00:00 0                          [vdso]", Some("[vdso]"), &[]),
+            ("7f00-7f10 r-xp 00000000 00:01 9 /memfd:x (deleted)", Some("/memfd:x (deleted)"), &[Mark::Memfd]),
+            ("7f00-7f10 r--p 00000000 08:01 9 /tmp/x (deleted)", Some("/tmp/x (deleted)"), &[Mark::DeletedFile]),
+            ("7f00-7f10 rw-s 00000000 00:01 9 /dev/zero (deleted)", Some("/dev/zero (deleted)"), &[]),
+            ("7f00-7f10 r-xs 00000000 00:01 9 /dev/zero (deleted)", Some("/dev/zero (deleted)"), &[Mark::AnonymousExecutable]),
+            ("7f00-7f10 rw-p 00000000 00:00 0 [heap]", Some("[heap]"), &[]),
+        ];
+        for (line, path, marks) in cases {
+            let mapping = mapping(line.as_bytes()).unwrap();
+            assert_eq!(mapping.path, path.map(Text::from), "{line}");
+            assert_eq!(mapping.marks, marks, "{line}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_lines_never_panic(line in proptest::collection::vec(any::<u8>(), 0..120)) {
+            mapping(&line);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What the first look at the processes leaves for the kinds behind it: who holds which socket, who is in which
+//! namespace. A worker that took over in the middle has not seen all of it and makes it anew.
+
+use super::proc::{ProcDir, bracketed, fields, number};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    io,
+    path::Path,
+};
+use stillframe_evidence::records::sockets::Owner;
+
+/// See the module.
+#[derive(Default)]
+pub struct Look {
+    /// Holders of each socket, by its inode.
+    pub owners: HashMap<u64, Vec<Owner>>,
+    /// Network namespaces, with processes (or threads, as `pid/task/tid`) that are in them.
+    pub netns: BTreeMap<u64, Vec<String>>,
+    /// Mount namespaces, with processes that are in them.
+    pub mntns: BTreeMap<u64, Vec<u32>>,
+    /// Open files that are network namespaces: `PID/fd/N` by inode.
+    pub netns_fds: BTreeMap<u64, String>,
+    /// Processes whose open files could not be read: who holds a socket cannot be denied then.
+    pub closed: BTreeSet<u32>,
+    /// True when every process was looked at by this worker.
+    pub whole: bool,
+}
+
+/// How many processes are kept for one namespace; any that lives will do.
+const ENOUGH: usize = 8;
+
+impl Look {
+    /// Takes note of an open file.
+    pub fn fd(&mut self, pid: u32, fd: u32, target: &[u8]) {
+        if let Some(inode) = bracketed(target, "socket") {
+            self.owners.entry(inode).or_default().push(Owner { pid, fd: Some(fd) });
+        } else if let Some(inode) = bracketed(target, "net") {
+            self.netns_fds.entry(inode).or_insert_with(|| format!("{pid}/fd/{fd}"));
+        }
+    }
+
+    /// Takes note of a namespace of a process.
+    pub fn namespace(&mut self, pid: u32, kind: &str, inode: u64) {
+        match kind {
+            "net" => self.in_netns(inode, pid.to_string()),
+            "mnt" => {
+                let pids = self.mntns.entry(inode).or_default();
+                if pids.len() < ENOUGH {
+                    pids.push(pid);
+                }
+            }
+            _ => (),
+        }
+    }
+
+    fn in_netns(&mut self, inode: u64, who: String) {
+        let whose = self.netns.entry(inode).or_default();
+        if whose.len() < ENOUGH {
+            whose.push(who);
+        }
+    }
+
+    /// Takes note of the threads of a process that sit in another network namespace than it does.
+    pub fn threads(&mut self, dir: &ProcDir, pid: u32, tids: &[u32]) {
+        for tid in tids {
+            if let Ok(link) = dir.link(&format!("task/{tid}/ns/net"))
+                && let Some(inode) = bracketed(&link, "net")
+                && !self.netns.contains_key(&inode)
+            {
+                self.in_netns(inode, format!("{pid}/task/{tid}"));
+            }
+        }
+    }
+
+    /// A look at what every process holds now, for nothing else.
+    pub fn scan(root: &Path) -> io::Result<Self> {
+        let mut look = Look { whole: true, ..Look::default() };
+        for pid in ProcDir::open(&root.join("proc"))?.numbers(".")? {
+            let Ok(dir) = ProcDir::open(&root.join(format!("proc/{pid}"))) else { continue };
+            for kind in ["net", "mnt"] {
+                if let Some(inode) = dir.link(&format!("ns/{kind}")).ok().and_then(|l| bracketed(&l, kind)) {
+                    look.namespace(pid, kind, inode);
+                }
+            }
+            match dir.numbers("fd") {
+                Ok(fds) => fds.into_iter().for_each(|fd| {
+                    if let Ok(target) = dir.link(&format!("fd/{fd}")) {
+                        look.fd(pid, fd, &target);
+                    }
+                }),
+                Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+                    look.closed.insert(pid);
+                }
+                Err(_) => (),
+            }
+            if thread_count(&dir).is_some_and(|n| n > 1) {
+                look.threads(&dir, pid, &dir.numbers("task").unwrap_or_default());
+            }
+        }
+        Ok(look)
+    }
+}
+
+fn thread_count(dir: &ProcDir) -> Option<u64> {
+    let stat = dir.read("stat").ok()?;
+    let behind = stat.iter().rposition(|b| *b == b')').and_then(|at| stat.get(at + 1..))?;
+    number(fields(behind).nth(17)?)
+}

@@ -1,0 +1,202 @@
+//! Reading procfs, sysfs and small files of a host that may be hostile: bounded, byte for byte, never blocking on a FIFO.
+
+use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, openat, readlinkat};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+use stillframe_evidence::text::Text;
+
+/// Bound for files of procfs and sysfs, in bytes. The longest in practice are maps and socket tables.
+pub const MAX_PROC: usize = 64 << 20;
+
+/// A folder of procfs, such as that of one process. While it is open its process id cannot come to mean another process.
+pub struct ProcDir(OwnedFd);
+
+impl ProcDir {
+    /// Opens it.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(ProcDir(openat(CWD, path, flags, Mode::empty())?))
+    }
+
+    /// The content of a file in it.
+    pub fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        drain(openat(&self.0, name, flags, Mode::empty())?, MAX_PROC)
+    }
+
+    /// The target of a link in it.
+    pub fn link(&self, name: &str) -> io::Result<Vec<u8>> {
+        Ok(readlinkat(&self.0, name, Vec::with_capacity(256))?.into_bytes())
+    }
+
+    /// The names in a folder of it that are numbers, rising.
+    pub fn numbers(&self, name: &str) -> io::Result<Vec<u32>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut numbers = Vec::new();
+        for entry in Dir::new(openat(&self.0, name, flags, Mode::empty())?)? {
+            numbers.extend(std::str::from_utf8(entry?.file_name().to_bytes()).ok().and_then(|n| n.parse::<u32>().ok()));
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// A file in it without opening what it stands for (`O_PATH`): nothing of its file system is asked.
+    pub fn path_only(&self, name: &str) -> io::Result<OwnedFd> {
+        Ok(openat(&self.0, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+    }
+}
+
+fn drain(fd: OwnedFd, max: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(4096);
+    File::from(fd).take(max as u64 + 1).read_to_end(&mut bytes)?;
+    if bytes.len() > max {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {max} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// A file of procfs or sysfs.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    drain(openat(CWD, path, flags, Mode::empty())?, MAX_PROC)
+}
+
+/// A one-line file, without its line feed.
+pub fn read_line(path: &Path) -> io::Result<Text> {
+    read(path).map(|bytes| Text::from(bytes.trim_ascii_end()))
+}
+
+/// A regular file of at most `max` bytes that lies on a disk. What has been put in its place (a FIFO, a device) is not opened.
+pub fn read_regular(path: &Path, max: usize) -> io::Result<Vec<u8>> {
+    let fd = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
+    if kind != FileType::RegularFile {
+        return Err(io::Error::other(format!("is a {}, not a regular file", name_of(kind))));
+    }
+    drain(reopen(&fd)?, max)
+}
+
+/// Opens for reading what a path-only descriptor stands for.
+pub fn reopen(fd: &OwnedFd) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd as _;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    Ok(openat(CWD, path, flags, Mode::empty())?)
+}
+
+/// The mount that an open file lies on, from /proc/self/fdinfo; no file system is asked.
+pub fn mount_of(fd: &impl AsFd) -> Option<u64> {
+    use std::os::fd::AsRawFd as _;
+    let info = read(Path::new(&format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()))).ok()?;
+    info.split(|b| *b == b'\n').find_map(|line| number(line.strip_prefix(b"mnt_id:")?.trim_ascii()))
+}
+
+fn name_of(kind: FileType) -> &'static str {
+    match kind {
+        FileType::Fifo => "FIFO",
+        FileType::CharacterDevice => "character device",
+        FileType::BlockDevice => "block device",
+        FileType::Socket => "socket",
+        FileType::Directory => "directory",
+        FileType::Symlink => "symbolic link",
+        _ => "file of another type",
+    }
+}
+
+/// A decimal number that is all there is.
+pub fn number<T: std::str::FromStr>(bytes: &[u8]) -> Option<T> {
+    std::str::from_utf8(bytes).ok()?.parse().ok()
+}
+
+/// A hexadecimal number that is all there is.
+pub fn hex(bytes: &[u8]) -> Option<u64> {
+    u64::from_str_radix(std::str::from_utf8(bytes).ok()?, 16).ok()
+}
+
+/// The fields between runs of blanks.
+pub fn fields(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    line.split(|b| matches!(b, b' ' | b'\t')).filter(|field| !field.is_empty())
+}
+
+/// The lines of a file, the last one with or without a line feed.
+pub fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty())
+}
+
+/// Strings that each end in NUL, as in cmdline and environ. A last one without NUL counts.
+pub fn strings(bytes: &[u8]) -> Vec<Text> {
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    if bytes.is_empty() { Vec::new() } else { bytes.split(|b| *b == 0).map(Text::from).collect() }
+}
+
+/// The inode in `kind:[4026531840]`.
+pub fn bracketed(link: &[u8], kind: &str) -> Option<u64> {
+    number(link.strip_prefix(kind.as_bytes())?.strip_prefix(b":[")?.strip_suffix(b"]")?)
+}
+
+/// Undoes the octal escapes of mountinfo, mounts and swaps (`\040` and the like).
+pub fn unescape(field: &[u8]) -> Text {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((byte, tail)) = rest.split_first() {
+        let code = tail.first_chunk::<3>().filter(|_| *byte == b'\\');
+        let code = code.and_then(|d| u8::from_str_radix(std::str::from_utf8(d).ok()?, 8).ok());
+        match (code, tail.split_at_checked(3)) {
+            (Some(code), Some((_, behind))) => {
+                out.push(code);
+                rest = behind;
+            }
+            _ => {
+                out.push(*byte);
+                rest = tail;
+            }
+        }
+    }
+    Text(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn octal_escapes_are_undone(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let escaped: Vec<u8> = bytes.iter().flat_map(|b| match b {
+                b' ' | b'\t' | b'\n' | b'\\' => format!("\\{b:03o}").into_bytes(),
+                b => vec![*b],
+            }).collect();
+            prop_assert_eq!(unescape(&escaped).0, bytes);
+        }
+
+        #[test]
+        fn nothing_panics(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
+            unescape(&bytes);
+            strings(&bytes);
+            bracketed(&bytes, "net");
+            prop_assert!(fields(&bytes).all(|f| !f.is_empty()));
+        }
+    }
+
+    #[test]
+    fn empty_arguments_are_arguments() {
+        assert_eq!(strings(b"a\0\0b\0"), [Text::from("a"), Text::from(""), Text::from("b")]);
+        assert_eq!(strings(b""), []);
+        assert_eq!(strings(b"title"), [Text::from("title")]);
+    }
+
+    #[test]
+    fn a_fifo_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        rustix::fs::mkfifoat(CWD, &path, Mode::RUSR).unwrap();
+        assert!(read_regular(&path, 10).unwrap_err().to_string().contains("is a FIFO"));
+        std::fs::write(folder.path().join("file"), b"0123456789A").unwrap();
+        assert_eq!(read_regular(&folder.path().join("file"), 10).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+    }
+}

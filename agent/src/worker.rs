@@ -1,0 +1,528 @@
+//! Worker processes: the agent runs itself again for everything that may hang or crash on a hostile host.
+//!
+//! A worker runs the steps one after another and writes messages to a pipe. When it falls silent or dies, the parent
+//! records what it was at, leaves it (it may sit in an uninterruptible sleep that no signal ends, so nobody waits for
+//! it), and starts another at that very item, with the field that it was lost on left out. A worker has no other
+//! descriptor of its parent's: one that cannot die keeps nothing open that anybody waits on.
+//!
+//! The pipe: `u8 tag, u32 length (little endian), body`; tag `R` carries a record as it will be stored, tag `M` a
+//! [`Message`] as JSON. The parent bounds every length: a worker may have been taken over by what it reads.
+
+use crate::{cancel::Cancel, collect::Usage};
+use serde::{Deserialize, Serialize};
+use stillframe_evidence::{
+    chain::{Problem, Status},
+    frames::MAX_FRAME,
+    text::Text,
+};
+use std::{
+    collections::BTreeSet,
+    io::{self, Read, Write},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
+    time::{Duration, Instant},
+};
+
+/// A worker that says nothing for this long is taken to hang.
+pub const SILENCE: Duration = Duration::from_secs(2);
+/// Workers that may be lost in one step before it is given up.
+const MAX_LOST: u32 = 64;
+/// Different problems kept for one outcome; further ones are counted together.
+const MAX_PROBLEMS: usize = 32;
+
+/// What a worker is to do; one line of JSON on its standard input.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Job {
+    /// Where the host's root is mounted.
+    pub root: PathBuf,
+    /// Steps: place in the plan, kind.
+    pub steps: Vec<(u64, String)>,
+    /// Where to take up the first of them.
+    pub resume: Resume,
+    /// Mounts that a worker hung on.
+    pub avoid_mounts: BTreeSet<u64>,
+    /// Processes seen so far: id and start.
+    pub seen: Vec<(u32, u64)>,
+}
+
+/// Where a lost worker's successor takes up.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Resume {
+    /// The first item to do.
+    pub key: u64,
+    /// Fields of that item to leave out.
+    pub avoid: Vec<String>,
+}
+
+/// What a worker says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Message {
+    /// A step begins.
+    Begin {
+        /// Its place in the plan.
+        step: u64,
+    },
+    /// An item of it begins.
+    Item {
+        /// Its rising key.
+        key: u64,
+        /// What it is, for a person.
+        name: Text,
+    },
+    /// What may hang is read next.
+    Touching {
+        /// The field.
+        field: String,
+        /// The mount that it lies on.
+        mount: Option<u64>,
+    },
+    /// A long read goes on.
+    Alive,
+    /// Something could not be read.
+    Problem(Problem),
+    /// Something to know.
+    Note(String),
+    /// A process of the first look.
+    Seen {
+        /// Its id.
+        pid: u32,
+        /// Its start.
+        start_ticks: u64,
+    },
+    /// A step is over.
+    End {
+        /// Its place in the plan.
+        step: u64,
+        /// `Complete` or `Unsupported`: the parent knows of the problems.
+        status: Status,
+        /// Why it is unsupported.
+        reason: Option<String>,
+    },
+    /// The worker is done.
+    Bye(Usage),
+}
+
+/// Writes one frame of the pipe.
+pub fn write_frame(pipe: &mut impl Write, tag: u8, body: &[u8]) -> io::Result<()> {
+    let length = u32::try_from(body.len()).map_err(io::Error::other)?;
+    pipe.write_all(&[tag])?;
+    pipe.write_all(&length.to_le_bytes())?;
+    pipe.write_all(body)
+}
+
+impl Message {
+    /// Writes it to the pipe, without flushing.
+    pub fn write(&self, pipe: &mut impl Write) -> io::Result<()> {
+        write_frame(pipe, b'M', &serde_json::to_vec(self).map_err(io::Error::other)?)
+    }
+}
+
+enum Heard {
+    Record(Vec<u8>),
+    Message(Message),
+}
+
+fn hear(pipe: &mut impl Read) -> io::Result<Heard> {
+    let (mut tag, mut length) = ([0; 1], [0; 4]);
+    pipe.read_exact(&mut tag)?;
+    pipe.read_exact(&mut length)?;
+    let length = usize::try_from(u32::from_le_bytes(length)).map_err(io::Error::other)?;
+    if length >= MAX_FRAME {
+        return Err(io::Error::other("a worker sent more than a frame may hold"));
+    }
+    let mut body = vec![0; length];
+    pipe.read_exact(&mut body)?;
+    match tag {
+        [b'R'] if !body.contains(&b'\n') => Ok(Heard::Record(body)),
+        [b'M'] => serde_json::from_slice(&body).map(Heard::Message).map_err(io::Error::other),
+        _ => Err(io::Error::other("a worker sent what is no message")),
+    }
+}
+
+struct Worker {
+    child: Child,
+    heard: Receiver<io::Result<Heard>>,
+}
+
+impl Worker {
+    fn start(job: &Job) -> io::Result<Self> {
+        let mut child = Command::new(crate::sys::own_program()?)
+            .arg("worker")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        serde_json::to_writer(&mut input, job)?;
+        drop(input);
+        // Few and bounded: a record may hold megabytes, and the store may be slower than the worker.
+        let (tell, heard) = sync_channel(64);
+        std::thread::Builder::new().name("pipe".to_owned()).stack_size(64 << 10).spawn(move || {
+            let mut output = io::BufReader::with_capacity(32 << 10, output);
+            loop {
+                let result = hear(&mut output);
+                let over = result.is_err();
+                if tell.send(result).is_err() || over {
+                    return;
+                }
+            }
+        })?;
+        Ok(Worker { child, heard })
+    }
+
+    /// How a worker whose pipe is closed came to its end. It is given a moment to be gone, never more.
+    fn fate(&mut self) -> String {
+        let until = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < until {
+            match self.child.try_wait() {
+                Ok(Some(status)) => return crate::sys::exit_reason(status),
+                Ok(None) => std::thread::sleep(Duration::from_millis(2)),
+                Err(error) => return error.to_string(),
+            }
+        }
+        let _ = self.child.kill();
+        "closed its pipe".to_owned()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            let _ = self.child.kill();
+            let _ = self.child.try_wait();
+        }
+    }
+}
+
+/// One step as the supervisor is given it.
+pub struct Task {
+    /// Its place in the plan.
+    pub step: u64,
+    /// The kind.
+    pub kind: String,
+    /// Its deadline.
+    pub deadline: Duration,
+}
+
+/// What the supervisor tells its caller.
+pub enum Event<'a> {
+    /// A step begins.
+    Begin(&'a Task),
+    /// A record of the step under way, as it will be stored.
+    Record(Vec<u8>),
+    /// The step is over.
+    End(&'a Task, End),
+}
+
+/// How a step ended.
+#[derive(Debug)]
+pub struct End {
+    /// How.
+    pub status: Status,
+    /// Why, where it is not complete.
+    pub reason: Option<String>,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+    /// What a reader should know.
+    pub notes: Vec<String>,
+}
+
+/// What the workers cost.
+#[derive(Debug, Default)]
+pub struct Cost {
+    /// Their process ids.
+    pub pids: Vec<u32>,
+    /// What those told that came to a proper end: sums, and the largest resident memory.
+    pub usage: Usage,
+}
+
+/// State of the step under way, across the workers that run it.
+struct Progress {
+    started: Instant,
+    begun: bool,
+    item: Option<(u64, Text)>,
+    records_of_item: u64,
+    field: Option<(String, Option<u64>)>,
+    resume: Resume,
+    problems: Vec<Problem>,
+    notes: Vec<String>,
+    lost: u32,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Progress {
+            started: Instant::now(),
+            begun: false,
+            item: None,
+            records_of_item: 0,
+            field: None,
+            resume: Resume::default(),
+            problems: Vec::new(),
+            notes: Vec::new(),
+            lost: 0,
+        }
+    }
+
+    fn problem(&mut self, problem: Problem) {
+        let alike = |p: &&mut Problem| p.what == problem.what && p.errno == problem.errno && p.error == problem.error;
+        if let Some(known) = self.problems.iter_mut().find(alike) {
+            known.count = known.count.saturating_add(problem.count);
+        } else if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(problem);
+        } else if let Some(last) = self.problems.last_mut() {
+            last.what = "others".to_owned();
+            last.errno = None;
+            last.error = "further problems of other kinds".to_owned();
+            last.count = last.count.saturating_add(problem.count);
+        }
+    }
+
+    /// Takes note of a lost worker and decides where the next one starts.
+    fn lost(&mut self, fate: &str, avoid_mounts: &mut BTreeSet<u64>, hung: bool) {
+        self.lost += 1;
+        let field = self.field.take();
+        let name = self.item.as_ref().map_or_else(|| Text::from("the step's beginning"), |(_, n)| n.clone());
+        let at = field.as_ref().map_or_else(|| "item".to_owned(), |(f, _)| f.clone());
+        self.problem(Problem {
+            what: at.clone(),
+            source: Text([name.as_bytes(), b" ", at.as_bytes()].concat()),
+            errno: None,
+            error: format!("the worker that read it {fate}"),
+            count: 1,
+        });
+        if let Some((_, Some(mount))) = field
+            && hung
+        {
+            avoid_mounts.insert(mount);
+        }
+        let Some((key, _)) = self.item else { return };
+        if key != self.resume.key {
+            self.resume = Resume { key, avoid: Vec::new() };
+        }
+        match field {
+            Some((field, _)) if self.records_of_item == 0 && !self.resume.avoid.contains(&field) => {
+                self.resume.avoid.push(field);
+            }
+            // Nothing to leave out, or the item's record is already here: go on behind it.
+            _ => self.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() },
+        }
+    }
+
+    fn end(self, status: Status, reason: Option<String>) -> End {
+        let status = match status {
+            Status::Complete if !self.problems.is_empty() => Status::Partial,
+            status => status,
+        };
+        End { status, reason, problems: self.problems, notes: self.notes }
+    }
+}
+
+enum Turn {
+    Go,
+    StepDone(End),
+    WorkerDone,
+    Lost { fate: String, hung: bool },
+}
+
+/// Runs `tasks` in order in as many workers as it takes. Every task gets exactly one `Begin` and one `End`, whatever
+/// happens, except that `each` may end everything by an error of its own.
+pub fn supervise<E>(
+    root: &std::path::Path,
+    tasks: &[Task],
+    cancel: &Cancel,
+    mut each: impl FnMut(Event) -> Result<(), E>,
+) -> Result<Cost, E> {
+    let mut cost = Cost::default();
+    let mut seen: Vec<(u32, u64)> = Vec::new();
+    let mut avoid_mounts = BTreeSet::new();
+    let mut worker: Option<Worker> = None;
+    let mut remaining = tasks.iter();
+    let mut behind = tasks;
+    while let Some(task) = remaining.next() {
+        let mut progress = Progress::new();
+        each(Event::Begin(task))?;
+        let end = loop {
+            if let Some(why) = cancel.requested() {
+                let status = if progress.begun { Status::Partial } else { Status::Skipped };
+                worker = None;
+                break progress.end(status, Some(format!("stopped: {why}")));
+            }
+            let Some(current) = &mut worker else {
+                let steps = behind.iter().map(|t| (t.step, t.kind.clone())).collect();
+                let job = Job {
+                    root: root.to_owned(),
+                    steps,
+                    resume: progress.resume.clone(),
+                    avoid_mounts: avoid_mounts.clone(),
+                    seen: seen.clone(),
+                };
+                match Worker::start(&job) {
+                    Ok(started) => {
+                        cost.pids.push(started.child.id());
+                        worker = Some(started);
+                        continue;
+                    }
+                    Err(error) => {
+                        break progress.end(Status::Failed, Some(format!("no worker could be started: {error}")));
+                    }
+                }
+            };
+            match turn(current, task, &mut progress, &mut cost, &mut seen, &mut each)? {
+                Turn::Go => (),
+                Turn::StepDone(end) => break end,
+                Turn::WorkerDone => worker = None,
+                Turn::Lost { fate, hung } => {
+                    worker = None;
+                    progress.lost(&fate, &mut avoid_mounts, hung);
+                    if progress.lost >= MAX_LOST || (progress.item.is_none() && progress.lost >= 3) {
+                        let why = format!("{} workers were lost; the last one {fate}", progress.lost);
+                        break progress.end(Status::Failed, Some(why));
+                    }
+                }
+            }
+            if progress.started.elapsed() >= task.deadline {
+                // Its worker is in the middle of this step: the next step gets a new one.
+                worker = None;
+                let why = format!("the deadline of {} s came first", task.deadline.as_secs());
+                break progress.end(Status::TimedOut, Some(why));
+            }
+        };
+        if end.status == Status::Failed {
+            worker = None;
+        }
+        each(Event::End(task, end))?;
+        behind = remaining.as_slice();
+    }
+    // The last worker's own account of itself, if it gives one soon.
+    if let Some(mut last) = worker {
+        if let Ok(Ok(Heard::Message(Message::Bye(usage)))) = last.heard.recv_timeout(Duration::from_millis(200)) {
+            add(&mut cost.usage, usage);
+        }
+        last.fate();
+    }
+    Ok(cost)
+}
+
+fn add(sum: &mut Usage, one: Usage) {
+    let plus = |a: Option<u64>, b: Option<u64>| match (a, b) {
+        (Some(a), Some(b)) => Some(a.saturating_add(b)),
+        (a, b) => a.or(b),
+    };
+    sum.cpu_us = plus(sum.cpu_us, one.cpu_us);
+    sum.read = plus(sum.read, one.read);
+    sum.peak_resident = sum.peak_resident.max(one.peak_resident);
+}
+
+/// Hears one message of the worker, or its silence.
+fn turn<E>(
+    worker: &mut Worker,
+    task: &Task,
+    progress: &mut Progress,
+    cost: &mut Cost,
+    seen: &mut Vec<(u32, u64)>,
+    each: &mut impl FnMut(Event) -> Result<(), E>,
+) -> Result<Turn, E> {
+    let patience = SILENCE.min(task.deadline.saturating_sub(progress.started.elapsed()));
+    let message = match worker.heard.recv_timeout(patience) {
+        Ok(Ok(Heard::Record(line))) => {
+            progress.records_of_item += 1;
+            each(Event::Record(line))?;
+            return Ok(Turn::Go);
+        }
+        Ok(Ok(Heard::Message(message))) => message,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            return Ok(Turn::Lost { fate: worker.fate(), hung: false });
+        }
+        Ok(Err(error)) => {
+            let fate = format!("was ended by the agent: {}", stillframe_evidence::text::printable(error.to_string().as_bytes()));
+            return Ok(Turn::Lost { fate, hung: false });
+        }
+        Err(RecvTimeoutError::Disconnected) => return Ok(Turn::Lost { fate: worker.fate(), hung: false }),
+        Err(RecvTimeoutError::Timeout) if patience < SILENCE => return Ok(Turn::Go),
+        Err(RecvTimeoutError::Timeout) => {
+            return Ok(Turn::Lost { fate: format!("said nothing for {} s", SILENCE.as_secs()), hung: true });
+        }
+    };
+    match message {
+        Message::Begin { step } if step == task.step => progress.begun = true,
+        Message::Item { key, name } => {
+            progress.item = Some((key, name));
+            progress.records_of_item = 0;
+            progress.field = None;
+        }
+        Message::Touching { field, mount } => progress.field = Some((field, mount)),
+        Message::Alive => (),
+        Message::Problem(problem) => progress.problem(problem),
+        Message::Note(note) => {
+            if progress.notes.len() < MAX_PROBLEMS {
+                progress.notes.push(note);
+            }
+        }
+        Message::Seen { pid, start_ticks } => seen.push((pid, start_ticks)),
+        Message::End { step, status, reason } if step == task.step => {
+            let finished = std::mem::replace(progress, Progress::new());
+            return Ok(Turn::StepDone(finished.end(status, reason)));
+        }
+        Message::Bye(usage) => {
+            add(&mut cost.usage, usage);
+            return Ok(Turn::WorkerDone);
+        }
+        Message::Begin { .. } | Message::End { .. } => {
+            let fate = "spoke of another step and was ended by the agent".to_owned();
+            return Ok(Turn::Lost { fate, hung: false });
+        }
+    }
+    Ok(Turn::Go)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(what: &str, error: &str) -> Problem {
+        Problem { what: what.into(), source: Text::from("/x"), errno: None, error: error.into(), count: 1 }
+    }
+
+    #[test]
+    fn alike_problems_are_counted_and_their_number_is_bounded() {
+        let mut progress = Progress::new();
+        for i in 0..1000 {
+            progress.problem(problem("exe", "Permission denied"));
+            progress.problem(problem("x", &i.to_string()));
+        }
+        assert_eq!(progress.problems[0].count, 1000);
+        assert_eq!(progress.problems.len(), MAX_PROBLEMS);
+        assert_eq!(progress.problems.iter().map(|p| p.count).sum::<u64>(), 2000);
+    }
+
+    #[test]
+    fn a_successor_leaves_out_the_field_then_the_item() {
+        let mut progress = Progress::new();
+        let mut mounts = BTreeSet::new();
+        progress.item = Some((7, Text::from("/proc/7")));
+        progress.field = Some(("image".into(), Some(42)));
+        progress.lost("said nothing for 2 s", &mut mounts, true);
+        assert_eq!((progress.resume.key, progress.resume.avoid.clone()), (7, vec!["image".to_owned()]));
+        assert!(mounts.contains(&42));
+        progress.item = Some((7, Text::from("/proc/7")));
+        progress.lost("was killed by signal 9", &mut mounts, false);
+        assert_eq!((progress.resume.key, progress.resume.avoid.len()), (8, 0));
+        // A record that is already here is not collected twice.
+        progress.item = Some((9, Text::from("/proc/9")));
+        progress.records_of_item = 1;
+        progress.field = Some(("maps".into(), None));
+        progress.lost("was killed by signal 9", &mut mounts, false);
+        assert_eq!(progress.resume.key, 10);
+    }
+
+    #[test]
+    fn a_worker_that_speaks_nonsense_is_not_believed() {
+        for bytes in [&b"M\xff\xff\xff\xff"[..], b"R\x03\0\0\0a\nb", b"X\0\0\0\0", b"M\x02\0\0\0{}"] {
+            assert!(hear(&mut &bytes[..]).is_err());
+        }
+    }
+}
