@@ -7,10 +7,10 @@
 use crate::{
     cancel::Cancel,
     plan::Profile,
-    store::Store,
     worker::{Event as Step, Task, supervise},
 };
 use jiff::Timestamp;
+use sha2::{Digest as _, Sha256};
 use std::{
     collections::VecDeque,
     io,
@@ -29,6 +29,7 @@ use stillframe_evidence::{
     signature::CaptureKey,
     text::Text,
 };
+use stillframe_store::Store;
 
 /// The zstd level of records: they are few, and the host's processor is somebody's evidence too.
 const LEVEL: i32 = 3;
@@ -371,7 +372,20 @@ fn identity() -> AgentIdentity {
         target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
         pid: std::process::id(),
         path: std::env::current_exe().map(|p| Text::from(p.as_os_str().as_encoded_bytes())).unwrap_or_default(),
-        sha256: program.and_then(std::fs::read).ok().map(|bytes| Hash::of(&bytes)),
+        sha256: program.and_then(std::fs::File::open).and_then(|file| hash(file)).ok(),
         argv: std::env::args_os().map(|a| Text::from(a.as_encoded_bytes())).collect(),
+    }
+}
+
+/// In small pieces: the whole program in memory would be more than the rest of the agent.
+fn hash(mut file: std::fs::File) -> io::Result<Hash> {
+    let mut sha256 = Sha256::new();
+    let mut buffer = [0; 64 << 10];
+    loop {
+        let n = io::Read::read(&mut file, &mut buffer)?;
+        match buffer.get(..n) {
+            Some(bytes) if n > 0 => sha256.update(bytes),
+            _ => return Ok(Hash(sha256.finalize().into())),
+        }
     }
 }

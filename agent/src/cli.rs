@@ -5,7 +5,6 @@ use crate::{
     cancel::Cancel,
     capture::{self, Request},
     plan::{PROFILES, Profile},
-    store,
     sys::COLLECTORS,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -137,7 +136,7 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let id = args.id.unwrap_or_else(CaptureId::mint);
-    let store = match store::open(&args.store, id) {
+    let store = match stillframe_store::open(&args.store, id) {
         Ok(store) => store,
         Err(why) => {
             eprintln!("stillframe-agent: {}", stillframe_evidence::text::printable(why.as_bytes()));

@@ -3,8 +3,8 @@
 //! ```text
 //! order -> plan -> worker processes (collectors of sys/<platform>) -> records -> segments -> store -> chain -> manifest
 //! ```
-//! Each arrow is one call in one direction. No collector knows a store and no store knows a collector; only [`capture`]
-//! knows both. A collector runs in a worker process ([`worker`]), so that one that hangs or dies costs what it was at
+//! Each arrow is one call in one direction. No collector knows a store and no store (the crate `stillframe_store`) knows a
+//! collector; only [`capture`] knows both. A collector runs in a worker process ([`worker`]), so that one that hangs or dies costs what it was at
 //! and nothing else. Nothing is executed on the host but this program itself, neither directly nor by asking the
 //! kernel for something that would make it run a helper.
 //!
@@ -17,6 +17,5 @@ pub mod cli;
 pub mod collect;
 pub mod imds;
 pub mod plan;
-pub mod store;
 pub mod sys;
 pub mod worker;

@@ -26,10 +26,10 @@ pub use look::Look;
 use crate::collect::{Collector, Usage};
 use std::{
     ffi::OsStr,
-    fs::{self, File},
+    fs,
     io,
     os::unix::process::ExitStatusExt as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitStatus,
     time::Duration,
 };
@@ -62,6 +62,7 @@ pub fn own_program() -> io::Result<PathBuf> {
 
 /// Makes this process end when its parent does, and keeps nothing of its parent's open.
 pub fn die_with_parent() {
+    let _ = rustix::thread::set_name(c"stillframe-work");
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     close_inherited();
 }
@@ -96,28 +97,6 @@ pub fn usage() -> Usage {
         peak_resident: line("/proc/self/status", "VmHWM:").map(|kib| kib.saturating_mul(1024)),
         read: line("/proc/self/io", "rchar:"),
     }
-}
-
-/// Gives `temporary` the name `target`, unless that is taken.
-pub fn place(temporary: &Path, target: &Path) -> io::Result<()> {
-    match fs::hard_link(temporary, target) {
-        // File systems without links (FAT, exFAT): a rename that does not replace.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP | libc::EMLINK)) => {
-            let flags = rustix::fs::RenameFlags::NOREPLACE;
-            Ok(rustix::fs::renameat_with(rustix::fs::CWD, temporary, rustix::fs::CWD, target, flags)?)
-        }
-        result => result,
-    }
-}
-
-/// Makes the names in a folder last.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
-}
-
-/// Gives the pages of a file that was just synced back.
-pub fn drop_cache(file: &File) {
-    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
 }
 
 fn os(bytes: &[u8]) -> &OsStr {

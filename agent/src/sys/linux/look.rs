@@ -39,6 +39,13 @@ impl Look {
         }
     }
 
+    /// Takes note that an open file of a process could not be read, unless it had gone.
+    pub fn unread(&mut self, pid: u32, error: &io::Error) {
+        if !crate::collect::is_gone(error.raw_os_error()) {
+            self.closed.insert(pid);
+        }
+    }
+
     /// Takes note of a namespace of a process.
     pub fn namespace(&mut self, pid: u32, kind: &str, inode: u64) {
         match kind {
@@ -83,15 +90,11 @@ impl Look {
                 }
             }
             match dir.numbers("fd") {
-                Ok(fds) => fds.into_iter().for_each(|fd| {
-                    if let Ok(target) = dir.link(&format!("fd/{fd}")) {
-                        look.fd(pid, fd, &target);
-                    }
+                Ok(fds) => fds.into_iter().for_each(|fd| match dir.link(&format!("fd/{fd}")) {
+                    Ok(target) => look.fd(pid, fd, &target),
+                    Err(error) => look.unread(pid, &error),
                 }),
-                Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
-                    look.closed.insert(pid);
-                }
-                Err(_) => (),
+                Err(error) => look.unread(pid, &error),
             }
             if thread_count(&dir).is_some_and(|n| n > 1) {
                 look.threads(&dir, pid, &dir.numbers("task").unwrap_or_default());

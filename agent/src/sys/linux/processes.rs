@@ -7,7 +7,7 @@ use super::{
 };
 use crate::collect::{Collection, Errors, Unsupported, is_gone};
 use jiff::{SignedDuration, Timestamp};
-use std::{io, path::Path};
+use std::path::Path;
 use stillframe_evidence::{
     records::{
         Data,
@@ -118,14 +118,18 @@ fn read(
 fn read_fds(c: &mut Collection, dir: &ProcDir, source: &Path, process: &mut Process, errors: &mut Errors) {
     let at = |name: &str| source.join(name).into_os_string().into_encoded_bytes();
     let listed = dir.numbers("fd");
-    if matches!(&listed, Err(error) if error.kind() == io::ErrorKind::PermissionDenied) {
-        c.memory.look.closed.insert(process.pid);
+    if let Err(error) = &listed {
+        c.memory.look.unread(process.pid, error);
     }
     let Some(fds) = errors.keep("fds", at("fd"), listed) else { return };
     for fd in fds {
         let name = format!("fd/{fd}");
+        let link = dir.link(&name);
+        if let Err(error) = &link {
+            c.memory.look.unread(process.pid, error);
+        }
         // One that was closed since it was listed is no error.
-        if let Some(target) = errors.keep_present("fds", at(&name), dir.link(&name)) {
+        if let Some(target) = errors.keep_present("fds", at(&name), link) {
             c.memory.look.fd(process.pid, fd, &target);
             process.fds.push(Fd { fd, target: Text(target) });
         }

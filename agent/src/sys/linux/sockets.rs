@@ -51,7 +51,11 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         unlisted(c, &look, &mut tally);
     }
     c.note(count(namespaces.len(), "network namespace"));
-    for (n, what) in [(tally.ownerless, "without an owner"), (tally.unlisted, "in no table")] {
+    for (n, what) in [
+        (tally.ownerless, "without an owner"),
+        (tally.unknown, "whose owner is unknown, since not every process could be read"),
+        (tally.unlisted, "in no table"),
+    ] {
         if n > 0 {
             c.note(format!("{} {what}", count(n, "socket")));
         }
@@ -64,6 +68,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 struct Tally {
     listed: BTreeSet<u64>,
     ownerless: usize,
+    unknown: usize,
     unlisted: usize,
 }
 
@@ -112,6 +117,7 @@ fn namespace(c: &mut Collection, netns: &Netns, name: &str, look: &mut Look, ask
         socket.owners = look.owners.get(&socket.inode).cloned().unwrap_or_default();
         tally.listed.insert(socket.inode);
         tally.ownerless += usize::from(socket.ownership == Ownership::Ownerless);
+        tally.unknown += usize::from(socket.ownership == Ownership::Unknown);
         c.record(path.as_os_str().as_encoded_bytes(), read_at, Data::Socket(Box::new(socket)), Vec::new());
     }
 }

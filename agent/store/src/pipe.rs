@@ -1,7 +1,7 @@
 //! A pipe: the objects as entries of a tar archive, under their full keys, in the order in which they were made. What
 //! `stillframe receive` reads at the other end, and what plain `tar -x` turns into a directory store as well.
 
-use super::Store;
+use crate::Store;
 use std::{
     io::{self, Write},
     sync::Mutex,

@@ -2,8 +2,7 @@
 //! its own name, which fails if that is taken: whatever stands in the folder is whole. Nothing stays in the page cache,
 //! since on a small guest that would push out what is being investigated.
 
-use super::Store;
-use crate::collect::describe;
+use crate::{Store, describe};
 use std::{
     collections::BTreeSet,
     fs::{self, File, OpenOptions},
@@ -31,7 +30,7 @@ pub struct Directory {
 impl Directory {
     /// Prepares the folder of `id` below `base`, which is made if it is missing, but not its parents. An error is one
     /// line for the person who named the directory.
-    pub fn create(base: &Path, id: CaptureId) -> Result<Self, String> {
+    pub fn create(base: &Path, writer: &Writer, id: CaptureId) -> Result<Self, String> {
         let wrong = |what: &str, error: io::Error| format!("--store {}: {what}: {}", base.display(), describe(&error));
         match fs::create_dir(base) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -44,7 +43,7 @@ impl Directory {
             return Err(format!("--store {}: not a directory", base.display()));
         }
         let base = fs::canonicalize(base).map_err(|e| wrong("cannot be resolved", e))?;
-        let capture = base.join(evidence_prefix(&Writer::local(), id));
+        let capture = base.join(evidence_prefix(writer, id));
         let partial = base.join(".partial");
         fs::create_dir_all(&partial).map_err(|e| wrong("cannot be written to", e))?;
         if let Some(parent) = capture.parent() {
@@ -112,7 +111,7 @@ mod tests {
     fn an_object_is_there_once_and_whole() {
         let base = tempfile::tempdir().unwrap();
         let id = CaptureId::mint();
-        let store = Directory::create(&base.path().join("new"), id).unwrap();
+        let store = Directory::create(&base.path().join("new"), &Writer::local(), id).unwrap();
         store.put(&key(b"x"), b"x").unwrap();
         let again = store.put(&key(b"x"), b"y").unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
@@ -120,7 +119,7 @@ mod tests {
         assert_eq!(fs::read(file).unwrap(), b"x");
         store.finish().unwrap();
         assert!(!base.path().join("new/.partial").exists());
-        assert!(Directory::create(&base.path().join("new"), id).is_err(), "the same capture twice");
+        assert!(Directory::create(&base.path().join("new"), &Writer::local(), id).is_err(), "the same capture twice");
     }
 
     #[test]
@@ -128,7 +127,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         fs::write(base.path().join("file"), b"").unwrap();
         for (path, says) in [("file", "not a directory"), ("no/where", "its parent directory does not exist")] {
-            let error = Directory::create(&base.path().join(path), CaptureId::mint()).err().unwrap();
+            let error = Directory::create(&base.path().join(path), &Writer::local(), CaptureId::mint()).err().unwrap();
             assert!(error.contains(says) && !error.contains('\n'), "{error}");
         }
     }

@@ -1,15 +1,16 @@
-//! Where evidence goes. A store takes whole objects, each once, and answers with a receipt; it knows nothing of kinds,
-//! and nothing that it took is ever read back.
+//! Where evidence goes: from the agent, and from `stillframe receive` at the other end of a pipe. A store takes whole
+//! objects, each once, and answers with a receipt; it knows nothing of kinds, and reads nothing back.
 
 mod directory;
 mod pipe;
+mod sys;
 
 pub use directory::Directory;
 pub use pipe::Pipe;
 
 use std::io;
 use stillframe_evidence::{
-    layout::{CaptureId, Key},
+    layout::{CaptureId, Key, Writer},
     segments::Receipt,
 };
 
@@ -24,7 +25,8 @@ pub trait Store: Send + Sync {
     fn finish(&self) -> io::Result<()>;
 }
 
-/// Opens the store that `target` names: `-` for standard output, else a directory.
+/// Opens the store that `target` names for one new capture: `-` for standard output, else a directory. An error is one
+/// line for the person who named it.
 pub fn open(target: &str, capture: CaptureId) -> Result<Box<dyn Store>, String> {
     if let Some((scheme, _)) = target.split_once("://") {
         return Err(format!("--store {target}: stores of scheme {scheme} are not supported; use a directory or -"));
@@ -32,5 +34,11 @@ pub fn open(target: &str, capture: CaptureId) -> Result<Box<dyn Store>, String> 
     if target == "-" {
         return Ok(Box::new(Pipe::new(io::stdout(), capture)));
     }
-    Directory::create(target.as_ref(), capture).map(|d| Box::new(d) as Box<dyn Store>)
+    Directory::create(target.as_ref(), &Writer::local(), capture).map(|d| Box::new(d) as Box<dyn Store>)
+}
+
+/// The error of the system, without the ` (os error 13)` that the standard library appends.
+fn describe(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.rsplit_once(" (os error ").map_or(text.clone(), |(text, _)| text.to_owned())
 }

@@ -1,0 +1,60 @@
+//! The command line.
+
+use crate::{
+    command::{capture, cat, list, receive, salvage, show, verify},
+    ui::{Output, Ui},
+};
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Freezes a live host for an investigator: order a capture, read it, prove it.
+#[derive(Parser)]
+#[command(name = "stillframe", version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// How to print
+    #[arg(long, value_enum, default_value_t, global = true)]
+    output: Output,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Capture a host
+    Capture(capture::Args),
+    /// Write the stream of `stillframe-agent capture --store -` into a store
+    Receive(receive::Args),
+    /// List the captures of a store
+    List(list::Args),
+    /// Show what a capture holds: processes, sockets, and what was not collected and why
+    Show(show::Args),
+    /// Prove a capture, or name what is wrong with it
+    Verify(verify::Args),
+    /// Say what can be relied on of a capture without a manifest
+    Salvage(salvage::Args),
+    /// Print the records of one kind as JSON lines
+    Cat(cat::Args),
+}
+
+/// Exit codes of every verb: 0 done and good, 1 done and not good (tampered), 2 wrong use, 3 incomplete, 4 salvaged,
+/// 5 partly done.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let ui = Ui::new(cli.output);
+    let result = match cli.verb {
+        Verb::Capture(args) => capture::run(&args, &ui),
+        Verb::Receive(args) => receive::run(&args, &ui),
+        Verb::List(args) => list::run(&args, &ui),
+        Verb::Show(args) => show::run(&args, &ui),
+        Verb::Verify(args) => verify::run(&args, &ui),
+        Verb::Salvage(args) => salvage::run(&args, &ui),
+        Verb::Cat(args) => cat::run(&args, &ui),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            ui.error(&error);
+            ExitCode::from(2)
+        }
+    }
+}

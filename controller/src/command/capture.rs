@@ -1,0 +1,160 @@
+//! `capture`: orders a capture and follows it to its verdict. `--local` runs the agent that lies beside this program.
+
+use super::verify;
+use crate::{
+    stored::Store,
+    ui::{Activity, Ui, bytes},
+};
+use anyhow::{Context as _, Result, anyhow};
+use clap::Args as ClapArgs;
+use jiff::Timestamp;
+use serde::Serialize;
+use std::{
+    io::{BufRead as _, BufReader, Read as _},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Instant,
+};
+use stillframe_evidence::{
+    chain::{Closing, Event, MAX_EVENT, What},
+    layout::{CaptureId, CaseName},
+    text::printable,
+    verdict::{Report, Verdict, count},
+};
+
+/// Its arguments.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// Capture this machine
+    #[arg(long, required = true)]
+    local: bool,
+    /// The directory to write into
+    #[arg(long)]
+    store: PathBuf,
+    /// The case that the capture belongs to
+    #[arg(long, default_value = "unassigned")]
+    case: CaseName,
+    /// What to collect
+    #[arg(long, default_value = "triage")]
+    profile: String,
+    /// The agent to run, when it is not the one beside this program
+    #[arg(long)]
+    agent: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Done<'a> {
+    report: &'a Report,
+    outcomes: Vec<&'a stillframe_evidence::chain::Outcome>,
+    closing: Option<&'a Closing>,
+}
+
+/// Orders it.
+pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
+    let agent = match &args.agent {
+        Some(agent) => agent.clone(),
+        None => beside()?,
+    };
+    // Ctrl-C reaches the agent too, which then ends in good order; this program waits for it and reports.
+    ctrlc::set_handler(|| ()).context("no handler for Ctrl-C")?;
+    let id = CaptureId::mint();
+    let began = Instant::now();
+    let mut child = Command::new(&agent)
+        .args(["capture", "--output", "json", "--id", &id.to_string(), "--case", args.case.as_str()])
+        .args(["--profile", &args.profile, "--ordered-by", &orderer(), "--ordered-at", &Timestamp::now().to_string()])
+        .args(["--nonce", &uuid::Uuid::now_v7().simple().to_string()])
+        .arg("--store")
+        .arg(&args.store)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{}: the agent cannot be started", agent.display()))?;
+    let output = child.stdout.take().ok_or_else(|| anyhow!("the agent has no output"))?;
+    let followed = follow(BufReader::new(output), args, ui);
+    let status = child.wait().context("waiting for the agent")?;
+    if status.code() == Some(2) {
+        // It has said why.
+        return Ok(2);
+    }
+    followed?;
+    let stored = Store::open(&args.store)?.find(&id.to_string())?;
+    let report = verify::report(&stored, None);
+    let closing = report.chain.as_ref().and_then(|c| c.closing());
+    let outcomes = report.chain.iter().flat_map(|c| c.outcomes()).collect();
+    ui.print(&Done { report: &report, outcomes, closing }, || {
+        let mut cost = format!("   {:.1} s", began.elapsed().as_secs_f64());
+        if let Some(footprint) = closing.map(|c| &c.footprint) {
+            let cpu = footprint.cpu_us.map_or(0.0, |us| us as f64 / 1e6);
+            cost += &format!(", {} resident, {cpu:.1} s CPU", bytes(footprint.peak_resident.unwrap_or(0)));
+        }
+        let mut text: Vec<String> = Vec::new();
+        if report.verdict != Verdict::SelfConsistent {
+            text.push(verify::text(&report));
+        } else {
+            text.push(verify::summary(&report) + &cost);
+        }
+        text.push(format!("{:<16}  written to this machine's own disk; for a suspect host use --store - over SSH", "note"));
+        text.push(format!("{:<16}  stillframe show {} --store {}", "next", id, printable(args.store.as_os_str().as_encoded_bytes())));
+        text.join("\n")
+    });
+    Ok(match (report.verdict, status.code()) {
+        (Verdict::SelfConsistent | Verdict::Verified, Some(0)) => 0,
+        (Verdict::SelfConsistent | Verdict::Verified, _) => 5,
+        (verdict, _) => verdict.exit_code(),
+    })
+}
+
+fn beside() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("where this program lies")?;
+    let name = format!("stillframe-agent{}", std::env::consts::EXE_SUFFIX);
+    let agent = own.with_file_name(name);
+    if agent.is_file() {
+        Ok(agent)
+    } else {
+        Err(anyhow!("no agent at {}: build it (`cargo build --release`) or name one with --agent", agent.display()))
+    }
+}
+
+fn orderer() -> String {
+    let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).or_else(|_| std::env::var("LOGNAME"));
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}@{}", user.unwrap_or_else(|_| "unknown".to_owned()), host.trim())
+}
+
+/// Shows each event of the chain as the agent tells it.
+fn follow(mut output: impl std::io::BufRead, args: &Args, ui: &Ui) -> Result<()> {
+    let activity = ui.activity();
+    let mut plan: Vec<String> = Vec::new();
+    loop {
+        let mut line = Vec::new();
+        let read = output.by_ref().take(MAX_EVENT).read_until(b'\n', &mut line).context("reading from the agent")?;
+        if read == 0 {
+            return Ok(());
+        }
+        let event: Event = serde_json::from_slice(&line).context("the agent said what is no event")?;
+        show(&event, &mut plan, &activity, args, ui);
+    }
+}
+
+fn show(event: &Event, plan: &mut Vec<String>, activity: &Activity, args: &Args, ui: &Ui) {
+    match &event.event {
+        What::Opened(opening) => {
+            *plan = opening.plan.iter().map(|step| step.kind.to_string()).collect();
+            let kinds = count(plan.len(), "kind");
+            activity.above(ui, &format!("capture {}  this machine  profile {}  {kinds}, no memory", event.capture, printable(args.profile.as_bytes())));
+            activity.above(ui, &format!("key     {}", opening.key));
+        }
+        What::Step(outcome) => activity.above(ui, &format!("  {outcome}")),
+        What::Closed(closing) => {
+            if let Some(why) = &closing.stopped {
+                activity.above(ui, &format!("  {}", printable(why.as_bytes())));
+            }
+        }
+    }
+    let done = match &event.event {
+        What::Opened(_) => Some(0),
+        What::Step(outcome) => usize::try_from(outcome.step).ok().map(|n| n + 1),
+        What::Closed(_) => None,
+    };
+    activity.now(done.and_then(|n| plan.get(n)).map_or("manifest", String::as_str));
+}

@@ -1,0 +1,99 @@
+//! `receive`: the other end of `stillframe-agent capture --store -`, over SSH or any pipe. Every object is checked against its
+//! own name before it lands, and lands whole or not at all: a stream that breaks leaves a valid beginning.
+
+use super::verify;
+use crate::{stored::Store, ui::Ui};
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::Args as ClapArgs;
+use std::{
+    collections::BTreeMap,
+    io::{self, Read},
+    path::PathBuf,
+};
+use stillframe_evidence::{
+    chain::MAX_EVENT,
+    frames::MAX_SEGMENT,
+    layout::{CaptureId, Key, Writer, parse_evidence_key},
+    manifest::MAX_MANIFEST,
+    root::Hash,
+    text::printable,
+    verdict::Verdict,
+};
+use stillframe_store::{Directory, Store as _};
+
+/// Its arguments.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The directory to write into
+    #[arg(long)]
+    store: PathBuf,
+}
+
+/// Receives standard input.
+pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
+    let mut open: BTreeMap<(Writer, CaptureId), Directory> = BTreeMap::new();
+    let ended = receive(args, &mut open, io::stdin().lock());
+    for directory in open.values() {
+        directory.finish().context("ending the capture")?;
+    }
+    if open.is_empty() {
+        ended?;
+        bail!("no capture in the stream");
+    }
+    if let Err(error) = &ended {
+        ui.warn(&printable(format!("the stream ended early: {error:#}").as_bytes()));
+    }
+    let store = Store::open(&args.store)?;
+    let mut code = 0;
+    for (_, id) in open.keys() {
+        let report = verify::report(&store.find(&id.to_string())?, None);
+        ui.say(&format!("capture {id}"));
+        ui.print(&report, || verify::text(&report));
+        code = code.max(report.verdict.exit_code());
+        if report.verdict == Verdict::Tampered {
+            return Ok(report.verdict.exit_code());
+        }
+    }
+    Ok(if ended.is_err() && code == 0 { 5 } else { code })
+}
+
+fn receive(args: &Args, open: &mut BTreeMap<(Writer, CaptureId), Directory>, input: impl Read) -> Result<()> {
+    let mut archive = tar::Archive::new(input);
+    // Raw: long-name extensions, which our streams do not have, would be read into memory whole.
+    for entry in archive.entries()?.raw(true) {
+        let mut entry = entry?;
+        let path = entry.path_bytes();
+        let name = std::str::from_utf8(&path).map_err(|_| anyhow!("an entry's name is not UTF-8"))?.to_owned();
+        drop(path);
+        let (writer, id, key) = parse_evidence_key(&name).with_context(|| name.clone())?;
+        if !entry.header().entry_type().is_file() {
+            bail!("{name}: not a regular file");
+        }
+        let max = match key {
+            Key::Event { .. } => MAX_EVENT,
+            Key::Segment { .. } => MAX_SEGMENT as u64,
+            Key::Sums | Key::Manifest => MAX_MANIFEST,
+        };
+        let size = entry.header().size()?;
+        if size > max {
+            bail!("{name}: {size} bytes, more than the format allows");
+        }
+        let mut bytes = Vec::new();
+        entry.read_to_end(&mut bytes).with_context(|| name.clone())?;
+        if bytes.len() as u64 != size {
+            bail!("{name}: cut off after {} of {size} bytes", bytes.len());
+        }
+        if key.sha256().is_some_and(|promised| Hash::of(&bytes) != promised) {
+            bail!("{name}: its content is not what its name promises");
+        }
+        let directory = match open.entry((writer, id)) {
+            std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::btree_map::Entry::Vacant(new) => {
+                let directory = Directory::create(&args.store, &new.key().0, id).map_err(|e| anyhow!(e))?;
+                new.insert(directory)
+            }
+        };
+        directory.put(&key, &bytes).with_context(|| name.clone())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! What a person sees. Nothing of a guest or a store is printed but through `printable` or as escaped JSON.
+
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use std::{
+    io::{IsTerminal as _, Write as _},
+    time::Duration,
+};
+use stillframe_evidence::text::{json_line, printable};
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For a person.
+    #[default]
+    Text,
+    /// For a program.
+    Json,
+}
+
+/// The one printer.
+pub struct Ui {
+    output: Output,
+}
+
+impl Ui {
+    /// A printer.
+    pub fn new(output: Output) -> Self {
+        Ui { output }
+    }
+
+    /// Prints `value` as JSON, or `text` for a person.
+    pub fn print<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
+        match self.output {
+            Output::Json => self.raw(&json_line(value).unwrap_or_default()),
+            Output::Text => self.raw(&text()),
+        }
+    }
+
+    /// Prints a line for a person only.
+    pub fn say(&self, line: &str) {
+        if self.output == Output::Text {
+            self.raw(line);
+        }
+    }
+
+    /// Prints a line that is known to be harmless. A reader that has gone (`| head`) ends the program, quietly.
+    pub fn raw(&self, line: &str) {
+        if writeln!(anstream::stdout(), "{line}").is_err() {
+            std::process::exit(0);
+        }
+    }
+
+    /// Prints an error.
+    pub fn error(&self, error: &anyhow::Error) {
+        let _ = writeln!(anstream::stderr(), "stillframe: {}", printable(format!("{error:#}").as_bytes()));
+    }
+
+    /// Prints a warning that does not end anything.
+    pub fn warn(&self, warning: &str) {
+        let _ = writeln!(anstream::stderr(), "stillframe: {warning}");
+    }
+
+    /// What is being done, on a terminal; nothing elsewhere.
+    pub fn activity(&self) -> Activity {
+        let shown = self.output == Output::Text && std::io::stdout().is_terminal();
+        let bar = if shown { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("  {msg:<16} {spinner} {elapsed}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Activity { bar }
+    }
+}
+
+/// A line that says what is being done.
+pub struct Activity {
+    bar: ProgressBar,
+}
+
+impl Activity {
+    /// Says it.
+    pub fn now(&self, what: &str) {
+        self.bar.reset_elapsed();
+        self.bar.set_message(printable(what.as_bytes()));
+    }
+
+    /// Prints above it.
+    pub fn above(&self, ui: &Ui, line: &str) {
+        self.bar.suspend(|| ui.say(line));
+    }
+}
+
+impl Drop for Activity {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// `1.2 MiB`.
+pub fn bytes(n: u64) -> String {
+    indicatif::BinaryBytes(n).to_string()
+}
