@@ -7,7 +7,7 @@ use serde::Serialize;
 use stillframe_evidence::{
     chain::{Problem, Status},
     records::{Data, FieldError, Record},
-    text::{Text, json_line},
+    text::{Text, write_json},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,6 +47,8 @@ pub struct Collection<'a> {
     resume: (u64, &'a [String]),
     item: u64,
     pipe: &'a mut BufWriter<Box<dyn Write>>,
+    /// The record under way; one buffer for all of them.
+    line: Vec<u8>,
     alive: Instant,
     /// What the steps share.
     pub memory: &'a mut Memory,
@@ -115,10 +117,12 @@ impl<'a> Collection<'a> {
             }));
         }
         let record = Record { source: Text(source.as_ref().to_vec()), read_at, errors, data };
-        match json_line(&record) {
-            Ok(line) => self.raw(b'R', line.as_bytes()),
+        let mut line = std::mem::take(&mut self.line);
+        match write_json(&record, &mut line) {
+            Ok(()) => self.raw(b'R', &line),
             Err(error) => self.problem("record", &record.source.0, None, error),
         }
+        self.line = line;
     }
 
     /// Something that could not be read and that no record stands for.
@@ -186,19 +190,31 @@ pub fn is_gone(errno: Option<i32>) -> bool {
     matches!(errno, Some(2 | 3))
 }
 
-/// Collects the fields that could not be read, for a record.
+/// Collects the fields that could not be read, for a record. Places are given relative to a folder, so that a path is made
+/// only for what failed.
 #[derive(Default)]
-pub struct Errors(pub Vec<FieldError>);
+pub struct Errors {
+    folder: Vec<u8>,
+    /// What could not be read.
+    pub list: Vec<FieldError>,
+}
 
 impl Errors {
+    /// For places in `folder`.
+    pub fn below(folder: &Path) -> Self {
+        Errors { folder: folder.as_os_str().as_encoded_bytes().to_vec(), list: Vec::new() }
+    }
+
     /// The value, or nothing and an entry.
-    pub fn keep<T>(&mut self, field: &str, source: impl AsRef<[u8]>, result: io::Result<T>) -> Option<T> {
+    pub fn keep<T>(&mut self, field: &str, place: impl AsRef<[u8]>, result: io::Result<T>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             Err(error) => {
-                self.0.push(FieldError {
+                let place = place.as_ref();
+                let apart: &[u8] = if self.folder.is_empty() || place.is_empty() { b"" } else { b"/" };
+                self.list.push(FieldError {
                     field: field.to_owned(),
-                    source: Text(source.as_ref().to_vec()),
+                    source: Text([&self.folder, apart, place].concat()),
                     errno: error.raw_os_error(),
                     error: describe(&error),
                 });
@@ -208,22 +224,17 @@ impl Errors {
     }
 
     /// The same, where absence is an answer: ENOENT gives nothing and no entry.
-    pub fn keep_present<T>(
-        &mut self,
-        field: &str,
-        source: impl AsRef<[u8]>,
-        result: io::Result<T>,
-    ) -> Option<T> {
+    pub fn keep_present<T>(&mut self, field: &str, place: impl AsRef<[u8]>, result: io::Result<T>) -> Option<T> {
         match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            result => self.keep(field, source, result),
+            result => self.keep(field, place, result),
         }
     }
 
     /// A field that a worker was lost on.
-    pub fn avoided(&mut self, field: &str, source: impl AsRef<[u8]>) {
+    pub fn avoided(&mut self, field: &str, place: impl AsRef<[u8]>) {
         let error = io::Error::other("not read: a worker that read here was lost");
-        let _: Option<()> = self.keep(field, source, Err(error));
+        let _: Option<()> = self.keep(field, place, Err(error));
     }
 }
 
@@ -255,6 +266,7 @@ pub fn work(input: impl io::Read, output: Box<dyn Write>) -> io::Result<()> {
                 resume,
                 item: 0,
                 pipe: &mut pipe,
+                line: Vec::new(),
                 alive: Instant::now(),
                 memory: &mut memory,
             }),

@@ -16,11 +16,11 @@ use stillframe_evidence::{
     text::Text,
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     io::{self, Read, Write},
     path::PathBuf,
-    process::{Child, Command, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, sync_channel},
+    process::{Child, ChildStdout, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     time::{Duration, Instant},
 };
 
@@ -142,7 +142,38 @@ fn hear(pipe: &mut impl Read) -> io::Result<Heard> {
 
 struct Worker {
     child: Child,
-    heard: Receiver<io::Result<Heard>>,
+    heard: Receiver<io::Result<Vec<Heard>>>,
+    /// What was heard and not yet acted upon.
+    pending: VecDeque<Heard>,
+}
+
+/// How long the reader lets a worker fill the pipe. A worker tells of everything that it touches, thousands of times a
+/// second; a reader that woke for each would cost the host more than the collecting does.
+const GATHER: Duration = Duration::from_millis(2);
+
+/// Reads the pipe until it ends; hands over what has come, in batches.
+fn read_pipe(output: ChildStdout, tell: &SyncSender<io::Result<Vec<Heard>>>) {
+    let mut output = io::BufReader::with_capacity(256 << 10, output);
+    loop {
+        let mut batch = Vec::new();
+        let end = loop {
+            match hear(&mut output) {
+                Ok(heard) => batch.push(heard),
+                Err(error) => break Some(error),
+            }
+            if output.buffer().is_empty() {
+                break None;
+            }
+        };
+        if tell.send(Ok(batch)).is_err() {
+            return;
+        }
+        if let Some(error) = end {
+            let _ = tell.send(Err(error));
+            return;
+        }
+        std::thread::sleep(GATHER);
+    }
 }
 
 impl Worker {
@@ -158,19 +189,26 @@ impl Worker {
         };
         serde_json::to_writer(&mut input, job)?;
         drop(input);
-        // Few and bounded: a record may hold megabytes, and the store may be slower than the worker.
-        let (tell, heard) = sync_channel(64);
-        std::thread::Builder::new().name("pipe".to_owned()).stack_size(64 << 10).spawn(move || {
-            let mut output = io::BufReader::with_capacity(32 << 10, output);
-            loop {
-                let result = hear(&mut output);
-                let over = result.is_err();
-                if tell.send(result).is_err() || over {
-                    return;
-                }
+        crate::sys::widen_pipe(&output);
+        // Few: a batch may hold megabytes, and the store may be slower than the worker.
+        let (tell, heard) = sync_channel(4);
+        let reader = std::thread::Builder::new().name("pipe".to_owned()).stack_size(128 << 10);
+        reader.spawn(move || read_pipe(output, &tell))?;
+        Ok(Worker { child, heard, pending: VecDeque::new() })
+    }
+
+    /// The next thing heard within `patience`.
+    fn hear(&mut self, patience: Duration) -> Result<io::Result<Heard>, RecvTimeoutError> {
+        let until = Instant::now() + patience;
+        loop {
+            if let Some(heard) = self.pending.pop_front() {
+                return Ok(Ok(heard));
             }
-        })?;
-        Ok(Worker { child, heard })
+            match self.heard.recv_timeout(until.saturating_duration_since(Instant::now()))? {
+                Ok(batch) => self.pending.extend(batch),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
     }
 
     /// How a worker whose pipe is closed came to its end. It is given a moment to be gone, never more.
@@ -399,7 +437,7 @@ pub fn supervise<E>(
     }
     // The last worker's own account of itself, if it gives one soon.
     if let Some(mut last) = worker {
-        if let Ok(Ok(Heard::Message(Message::Bye(usage)))) = last.heard.recv_timeout(Duration::from_millis(200)) {
+        if let Ok(Ok(Heard::Message(Message::Bye(usage)))) = last.hear(Duration::from_millis(200)) {
             add(&mut cost.usage, usage);
         }
         last.fate();
@@ -427,7 +465,7 @@ fn turn<E>(
     each: &mut impl FnMut(Event) -> Result<(), E>,
 ) -> Result<Turn, E> {
     let patience = SILENCE.min(task.deadline.saturating_sub(progress.started.elapsed()));
-    let message = match worker.heard.recv_timeout(patience) {
+    let message = match worker.hear(patience) {
         Ok(Ok(Heard::Record(line))) => {
             progress.records_of_item += 1;
             each(Event::Record(line))?;

@@ -122,6 +122,17 @@ pub fn json_line<T: Serialize>(value: &T) -> Result<String, crate::Error> {
     Ok(harmless_json(&serde_json::to_string(value)?))
 }
 
+/// The same into a buffer that is emptied first, for those who write many.
+pub fn write_json<T: Serialize>(value: &T, line: &mut Vec<u8>) -> Result<(), crate::Error> {
+    line.clear();
+    serde_json::to_writer(&mut *line, value)?;
+    if line.iter().any(|b| !(0x20..0x7f).contains(b)) {
+        let text = String::from_utf8_lossy(line);
+        *line = harmless_json(&text).into_bytes();
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +148,9 @@ mod tests {
         #[test]
         fn text_survives_json(text in any::<String>()) {
             let line = json_line(&Text::from(&text)).unwrap();
+            let mut buffer = b"before".to_vec();
+            write_json(&Text::from(&text), &mut buffer).unwrap();
+            prop_assert_eq!(line.as_bytes(), &buffer[..]);
             prop_assert!(!line.chars().any(deceives));
             prop_assert_eq!(serde_json::from_str::<Text>(&line).unwrap().0, text.into_bytes());
         }

@@ -75,6 +75,11 @@ fn close_inherited() {
     }
 }
 
+/// Gives a pipe the largest buffer that needs no privilege (the default of /proc/sys/fs/pipe-max-size).
+pub fn widen_pipe(pipe: &impl std::os::fd::AsFd) {
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe, 1 << 20);
+}
+
 /// How a process ended, in words.
 pub fn exit_reason(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {

@@ -11,7 +11,6 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs::File,
     io::{self, Read as _},
-    path::Path,
 };
 use stillframe_evidence::{
     records::{
@@ -46,7 +45,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             continue;
         }
         let read_at = Timestamp::now();
-        let mut errors = Errors::default();
+        let mut errors = Errors::below(&source);
         let mut details = ProcessDetails { pid, ..ProcessDetails::default() };
         let before = c.memory.seen.get(&pid).copied();
         let dir = ProcDir::open(&source).ok();
@@ -73,11 +72,11 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             continue;
         }
         if let Some(dir) = dir.filter(|_| details.identity != SameProcess::Gone) {
-            read(c, &dir, &source, &mut details, &mut errors, &mut hashed);
+            read(c, &dir, &mut details, &mut errors, &mut hashed);
         }
         // It may end between two reads; that is the same news as its having gone before the first.
-        errors.0.retain(|e| !is_gone(e.errno));
-        c.record(name, read_at, Data::ProcessDetails(Box::new(details)), errors.0);
+        errors.list.retain(|e| !is_gone(e.errno));
+        c.record(name, read_at, Data::ProcessDetails(Box::new(details)), errors.list);
     }
     c.note(format!("{} hashed", stillframe_evidence::verdict::count(hashed.len(), "program")));
     for (n, what) in [(gone, "ended"), (new, "started"), (reused, "replaced")] {
@@ -91,29 +90,27 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 fn read(
     c: &mut Collection,
     dir: &ProcDir,
-    source: &Path,
     details: &mut ProcessDetails,
     errors: &mut Errors,
     hashed: &mut Hashed,
 ) {
-    let at = |name: &str| source.join(name).into_os_string().into_encoded_bytes();
     match c.touching("environ", None) {
-        Ok(()) => details.environ = errors.keep("environ", at("environ"), dir.read("environ")).map(|b| strings(&b)),
-        Err(_) => errors.avoided("environ", at("environ")),
+        Ok(()) => details.environ = errors.keep("environ", "environ", dir.read("environ")).map(|b| strings(&b)),
+        Err(_) => errors.avoided("environ", "environ"),
     }
     match c.touching("maps", None) {
         Ok(()) => {
-            if let Some(maps) = errors.keep("maps", at("maps"), dir.read("maps")) {
+            if let Some(maps) = errors.keep("maps", "maps", dir.read("maps")) {
                 details.maps = lines(&maps).filter_map(mapping).collect();
             }
         }
-        Err(_) => errors.avoided("maps", at("maps")),
+        Err(_) => errors.avoided("maps", "maps"),
     }
     // A process whose image is gone (a zombie) answers ENOENT.
-    let Some(image) = errors.keep_present("image", at("exe"), dir.path_only("exe")) else { return };
+    let Some(image) = errors.keep_present("image", "exe", dir.path_only("exe")) else { return };
     match c.touching("image", mount_of(&image)) {
-        Ok(()) => details.image = errors.keep("image", at("exe"), read_image(c, &image, hashed)),
-        Err(_) => errors.avoided("image", at("exe")),
+        Ok(()) => details.image = errors.keep("image", "exe", read_image(c, &image, hashed)),
+        Err(_) => errors.avoided("image", "exe"),
     }
 }
 

@@ -32,7 +32,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     if host.agent_contained == Some(true) {
         c.note("the agent runs inside a container's namespaces: this is not the whole host".to_owned());
     }
-    c.record(c.path("proc").as_os_str().as_encoded_bytes(), read_at, Data::Host(Box::new(host)), errors.0);
+    c.record(c.path("proc").as_os_str().as_encoded_bytes(), read_at, Data::Host(Box::new(host)), errors.list);
     Ok(())
 }
 

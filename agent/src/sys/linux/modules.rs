@@ -52,7 +52,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             read_sysfs(&sysfs.join(super::os(&name)), &mut module, &mut errors);
         }
         hidden += u64::from(module.seen_in.len() == 1);
-        c.record(source, read_at, Data::Module(Box::new(module)), errors.0);
+        c.record(source, read_at, Data::Module(Box::new(module)), errors.list);
     }
     if hidden > 0 {
         c.note(format!("{hidden} in only one of procfs and sysfs"));

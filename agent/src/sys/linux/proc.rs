@@ -1,9 +1,11 @@
 //! Reading procfs, sysfs and small files of a host that may be hostile: bounded, byte for byte, never blocking on a FIFO.
 
-use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, openat, readlinkat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, RawDir, openat, readlinkat_raw};
 use std::{
+    cell::RefCell,
     fs::File,
     io::{self, Read as _},
+    mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     path::Path,
 };
@@ -28,17 +30,21 @@ impl ProcDir {
         drain(openat(&self.0, name, flags, Mode::empty())?, MAX_PROC)
     }
 
-    /// The target of a link in it.
+    /// The target of a link in it. The kernel gives at most a page, and an error for what is longer.
     pub fn link(&self, name: &str) -> io::Result<Vec<u8>> {
-        Ok(readlinkat(&self.0, name, Vec::with_capacity(256))?.into_bytes())
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let (target, _) = readlinkat_raw(&self.0, name, &mut buffer)?;
+        Ok(target.to_vec())
     }
 
     /// The names in a folder of it that are numbers, rising.
     pub fn numbers(&self, name: &str) -> io::Result<Vec<u32>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mut numbers = Vec::new();
-        for entry in Dir::new(openat(&self.0, name, flags, Mode::empty())?)? {
-            numbers.extend(std::str::from_utf8(entry?.file_name().to_bytes()).ok().and_then(|n| n.parse::<u32>().ok()));
+        let mut buffer = [MaybeUninit::uninit(); 8192];
+        let mut entries = RawDir::new(openat(&self.0, name, flags, Mode::empty())?, &mut buffer);
+        while let Some(entry) = entries.next() {
+            numbers.extend(number::<u32>(entry?.file_name().to_bytes()));
         }
         numbers.sort_unstable();
         Ok(numbers)
@@ -50,13 +56,23 @@ impl ProcDir {
     }
 }
 
+thread_local! {
+    /// What files are read into. Their sizes are not known before, and a buffer grown anew for each of thousands costs the
+    /// allocator of musl a system call or two every time.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(64 << 10));
+}
+
 fn drain(fd: OwnedFd, max: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(4096);
-    File::from(fd).take(max as u64 + 1).read_to_end(&mut bytes)?;
-    if bytes.len() > max {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {max} bytes")));
-    }
-    Ok(bytes)
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.clear();
+        File::from(fd).take(max as u64 + 1).read_to_end(scratch)?;
+        if scratch.len() > max {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {max} bytes")));
+        }
+        let bytes = scratch.to_vec();
+        scratch.shrink_to(1 << 20);
+        Ok(bytes)
+    })
 }
 
 /// A file of procfs or sysfs.

@@ -7,7 +7,6 @@ use super::{
 };
 use crate::collect::{Collection, Errors, Unsupported, is_gone};
 use jiff::{SignedDuration, Timestamp};
-use std::path::Path;
 use stillframe_evidence::{
     records::{
         Data,
@@ -37,18 +36,18 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         }
         let read_at = Timestamp::now();
         let mut process = Process { pid, ..Process::default() };
-        let mut errors = Errors::default();
+        let mut errors = Errors::below(&source);
         match ProcDir::open(&source) {
-            Ok(dir) => read(c, &dir, &source, booted, &mut process, &mut errors),
-            Err(error) => _ = errors.keep::<()>("process", source.as_os_str().as_encoded_bytes(), Err(error)),
+            Ok(dir) => read(c, &dir, booted, &mut process, &mut errors),
+            Err(error) => _ = errors.keep::<()>("process", "", Err(error)),
         }
         if let Some(ticks) = process.start_ticks {
             c.seen(pid, ticks);
         }
-        vanished += u64::from(errors.0.iter().any(|e| is_gone(e.errno)));
+        vanished += u64::from(errors.list.iter().any(|e| is_gone(e.errno)));
         kernel_threads += u64::from(process.kernel_thread);
         let data = Data::Process(Box::new(process));
-        c.record(source.as_os_str().as_encoded_bytes(), read_at, data, errors.0);
+        c.record(source.as_os_str().as_encoded_bytes(), read_at, data, errors.list);
     }
     c.memory.look.whole = whole;
     c.note(format!("{kernel_threads} of the kernel"));
@@ -61,26 +60,24 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 fn read(
     c: &mut Collection,
     dir: &ProcDir,
-    source: &Path,
     booted: Option<Timestamp>,
     process: &mut Process,
     errors: &mut Errors,
 ) {
     let pid = process.pid;
-    let at = |name: &str| source.join(name).into_os_string().into_encoded_bytes();
-    if let Some(stat) = errors.keep("stat", at("stat"), dir.read("stat")) {
+    if let Some(stat) = errors.keep("stat", "stat", dir.read("stat")) {
         parse_stat(&stat, booted, process);
     }
-    if let Some(status) = errors.keep("status", at("status"), dir.read("status")) {
+    if let Some(status) = errors.keep("status", "status", dir.read("status")) {
         parse_status(&status, process);
     }
-    if let Some(cgroup) = errors.keep("cgroup", at("cgroup"), dir.read("cgroup")) {
+    if let Some(cgroup) = errors.keep("cgroup", "cgroup", dir.read("cgroup")) {
         process.cgroup = lines(&cgroup).map(Text::from).collect();
         process.container = lines(&cgroup).find_map(container);
     }
     for kind in NAMESPACES {
         let name = format!("ns/{kind}");
-        let link = errors.keep_present("namespaces", at(&name), dir.link(&name));
+        let link = errors.keep_present("namespaces", &name, dir.link(&name));
         if let Some(inode) = link.and_then(|link| bracketed(&link, kind)) {
             process.namespaces.insert(kind.to_owned(), inode);
             c.memory.look.namespace(pid, kind, inode);
@@ -88,17 +85,17 @@ fn read(
     }
     if !process.kernel_thread {
         // A zombie has none of these, which ENOENT says.
-        if let Some(exe) = errors.keep_present("exe", at("exe"), dir.link("exe")) {
+        if let Some(exe) = errors.keep_present("exe", "exe", dir.link("exe")) {
             let deleted = exe.strip_suffix(b" (deleted)");
             process.exe_deleted = Some(deleted.is_some());
             process.exe = Some(Text::from(deleted.unwrap_or(&exe)));
         }
-        process.cwd = errors.keep_present("cwd", at("cwd"), dir.link("cwd")).map(Text);
-        process.root = errors.keep_present("root", at("root"), dir.link("root")).map(Text);
-        read_fds(c, dir, source, process, errors);
+        process.cwd = errors.keep_present("cwd", "cwd", dir.link("cwd")).map(Text);
+        process.root = errors.keep_present("root", "root", dir.link("root")).map(Text);
+        read_fds(c, dir, process, errors);
     }
     if process.thread_count.is_some_and(|n| n > 1)
-        && let Some(tids) = errors.keep("threads", at("task"), dir.numbers("task"))
+        && let Some(tids) = errors.keep("threads", "task", dir.numbers("task"))
     {
         c.memory.look.threads(dir, pid, &tids);
         let comm = |tid: &u32| dir.read(&format!("task/{tid}/comm")).ok().map(|b| Text::from(chomp(&b)));
@@ -108,20 +105,19 @@ fn read(
     if !process.kernel_thread {
         match c.touching("cmdline", None) {
             Ok(()) => {
-                process.cmdline = errors.keep("cmdline", at("cmdline"), dir.read("cmdline")).map(|b| strings(&b));
+                process.cmdline = errors.keep("cmdline", "cmdline", dir.read("cmdline")).map(|b| strings(&b));
             }
-            Err(_) => errors.avoided("cmdline", at("cmdline")),
+            Err(_) => errors.avoided("cmdline", "cmdline"),
         }
     }
 }
 
-fn read_fds(c: &mut Collection, dir: &ProcDir, source: &Path, process: &mut Process, errors: &mut Errors) {
-    let at = |name: &str| source.join(name).into_os_string().into_encoded_bytes();
+fn read_fds(c: &mut Collection, dir: &ProcDir, process: &mut Process, errors: &mut Errors) {
     let listed = dir.numbers("fd");
     if let Err(error) = &listed {
         c.memory.look.unread(process.pid, error);
     }
-    let Some(fds) = errors.keep("fds", at("fd"), listed) else { return };
+    let Some(fds) = errors.keep("fds", "fd", listed) else { return };
     for fd in fds {
         let name = format!("fd/{fd}");
         let link = dir.link(&name);
@@ -129,7 +125,7 @@ fn read_fds(c: &mut Collection, dir: &ProcDir, source: &Path, process: &mut Proc
             c.memory.look.unread(process.pid, error);
         }
         // One that was closed since it was listed is no error.
-        if let Some(target) = errors.keep_present("fds", at(&name), link) {
+        if let Some(target) = errors.keep_present("fds", &name, link) {
             c.memory.look.fd(process.pid, fd, &target);
             process.fds.push(Fd { fd, target: Text(target) });
         }

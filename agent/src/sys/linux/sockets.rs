@@ -159,7 +159,7 @@ fn unlisted(c: &mut Collection, look: &Look, tally: &mut Tally) {
             ..Socket::default()
         };
         tally.unlisted += 1;
-        c.record(path.as_os_str().as_encoded_bytes(), read_at, Data::Socket(Box::new(socket)), errors.0);
+        c.record(path.as_os_str().as_encoded_bytes(), read_at, Data::Socket(Box::new(socket)), errors.list);
     }
 }
 

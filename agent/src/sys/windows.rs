@@ -1,0 +1,66 @@
+//! Windows: `host`, `processes` and TCP and UDP `sockets`, to hold the facade to its word; depth comes later.
+
+mod host;
+mod processes;
+mod sockets;
+
+use crate::collect::{Collector, Usage};
+use jiff::Timestamp;
+use std::{io, path::PathBuf, process::ExitStatus, time::Duration};
+use stillframe_evidence::records::host::Clock;
+
+pub use host::identity;
+
+/// The kinds that this platform can collect.
+pub const COLLECTORS: &[Collector] = &[
+    Collector {
+        kind: "host",
+        about: "identity, version, clock, memory",
+        deadline: Duration::from_secs(10),
+        collect: host::collect,
+    },
+    Collector {
+        kind: "processes",
+        about: "every process: program, command line, owner, start",
+        deadline: Duration::from_secs(60),
+        collect: processes::collect,
+    },
+    Collector {
+        kind: "sockets",
+        about: "TCP and UDP, with the processes that own them",
+        deadline: Duration::from_secs(60),
+        collect: sockets::collect,
+    },
+];
+
+/// The kinds share nothing here.
+#[derive(Default)]
+pub struct Look;
+
+/// The wall clock; the others are not read here yet.
+pub fn clock(ordered_at: Option<Timestamp>) -> Clock {
+    let realtime = Timestamp::now();
+    let behind = |at: Timestamp| realtime.as_microsecond().checked_sub(at.as_microsecond());
+    Clock { realtime, behind_order_us: ordered_at.and_then(behind), ..Clock::default() }
+}
+
+/// Not measured here yet.
+pub fn usage() -> Usage {
+    Usage::default()
+}
+
+/// The running program.
+pub fn own_program() -> io::Result<PathBuf> {
+    std::env::current_exe()
+}
+
+/// A worker ends when its pipe breaks; there is no earlier sign here yet.
+pub fn die_with_parent() {}
+
+/// The size of a pipe is fixed here once it is made.
+pub fn widen_pipe(_pipe: &std::process::ChildStdout) {}
+
+/// How a process ended, in words.
+pub fn exit_reason(status: ExitStatus) -> String {
+    status.code().map_or_else(|| "ended".to_owned(), |code| format!("ended with code {code:#x}"))
+}

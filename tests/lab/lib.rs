@@ -1,0 +1,8 @@
+//! The lab: everything that a test or a benchmark needs around the unmodified programs. It builds the binaries that it runs,
+//! so none is ever stale; what it starts ends with it.
+
+pub mod guest;
+pub mod load;
+pub mod programs;
+pub mod store;
+pub mod wine;

@@ -1,0 +1,34 @@
+//! `lab`: the loads and guests of the tests, by hand.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::io::Read as _;
+use stillframe_tests::load::{self, Load};
+
+/// Starts what the tests start, and keeps it until Enter is pressed.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Processes with open files and sockets
+    Load {
+        /// How many
+        n: usize,
+    },
+}
+
+fn main() -> Result<()> {
+    load::serve();
+    match Cli::parse().what {
+        What::Load { n } => {
+            let load = Load::start(n)?;
+            println!("{} processes; Enter ends them", load.pids().count());
+            let _ = std::io::stdin().read(&mut [0])?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! The programs under test, built by cargo when they are asked for.
+
+use anyhow::{Context, Result, bail};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Mutex,
+};
+
+/// The workspace.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/")).to_owned()
+}
+
+/// Where cargo puts what it builds.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// One build at a time in this process; cargo itself sees to it between processes.
+static BUILD: Mutex<()> = Mutex::new(());
+
+/// Builds one package's binary, in the profile of the caller (or in release), and says where it lies.
+pub fn build(package: &str, triple: Option<&str>, release: bool) -> Result<PathBuf> {
+    let _one = BUILD.lock();
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace()).args(["build", "--quiet", "--locked", "-p", package]).arg("--target-dir").arg(target());
+    let mut folder = target();
+    if let Some(triple) = triple {
+        cargo.args(["--target", triple]);
+        folder.push(triple);
+    }
+    if release {
+        cargo.arg("--release");
+    }
+    // What cargo tells a test or build script about itself is not for the build inside it.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG") || name == "CARGO_MANIFEST_DIR" {
+            cargo.env_remove(name);
+        }
+    }
+    let status = cargo.status().context("starting cargo")?;
+    if !status.success() {
+        bail!("cargo could not build {package}");
+    }
+    let suffix = if triple.is_some_and(|t| t.contains("windows")) { ".exe" } else { "" };
+    Ok(folder.join(if release { "release" } else { "debug" }).join(format!("{package}{suffix}")))
+}
+
+/// The agent for this machine.
+pub fn agent() -> Result<PathBuf> {
+    build("stillframe-agent", None, !cfg!(debug_assertions))
+}
+
+/// The controller for this machine.
+pub fn controller() -> Result<PathBuf> {
+    build("stillframe", None, !cfg!(debug_assertions))
+}
+
+/// The agent as it is released for Linux: static.
+pub fn static_agent() -> Result<PathBuf> {
+    build("stillframe-agent", Some("x86_64-unknown-linux-musl"), true)
+}
+
+/// The agent for Windows.
+pub fn windows_agent() -> Result<PathBuf> {
+    build("stillframe-agent", Some("x86_64-pc-windows-gnu"), true)
+}
+
+/// True when a program can be found on the path.
+pub fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// For tests that need packages: fails, with what to do, when one is missing. Nothing is skipped in silence.
+pub fn require(programs: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = programs.iter().copied().filter(|p| !is_installed(p)).collect();
+    if missing.is_empty() { Ok(()) } else { bail!("not installed: {}; `tests/run` installs them", missing.join(", ")) }
+}
