@@ -44,6 +44,8 @@ pub struct Request {
     pub profile: Profile,
     /// Where the host's root is mounted: `/`, or a folder in a privileged container.
     pub root: PathBuf,
+    /// Processors that collecting may use at once.
+    pub cpus: u8,
 }
 
 /// Why a capture has no manifest.
@@ -197,7 +199,7 @@ impl Session<'_> {
             .zip(request.profile.collectors())
             .map(|(step, c)| Task { step, kind: c.kind.to_owned(), deadline: c.deadline })
             .collect();
-        let cost = supervise(&request.root, &tasks, cancel, |event| match event {
+        let cost = supervise(&request.root, request.cpus, &tasks, cancel, |event| match event {
             Step::Begin(task) => self.begin(task),
             Step::Record(line) => self.record(&line),
             Step::End(_, end) => self.end(end),

@@ -71,6 +71,9 @@ struct CaptureArgs {
     /// Where the host's root is mounted, when the agent runs in a privileged container
     #[arg(long, default_value = "/")]
     root: PathBuf,
+    /// Processors that collecting may use at once [default: all, at most 4]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=16))]
+    cpus: Option<u8>,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -86,6 +89,11 @@ enum Output {
 fn profile(name: &str) -> Result<Profile, String> {
     let known: Vec<&str> = PROFILES.iter().map(|p| p.name).collect();
     Profile::named(name).ok_or_else(|| format!("the profiles are: {}", known.join(", ")))
+}
+
+fn cpus() -> u8 {
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    u8::try_from(all.min(4)).unwrap_or(1)
 }
 
 /// Exit codes: 0 done and complete, 1 no manifest, 2 wrong use, 5 done and partly complete.
@@ -154,6 +162,7 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
         },
         profile: args.profile,
         root: args.root,
+        cpus: args.cpus.unwrap_or_else(cpus),
     };
     let mut out: Box<dyn Write> =
         if args.store == "-" { Box::new(std::io::stderr()) } else { Box::new(std::io::stdout()) };

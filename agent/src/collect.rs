@@ -1,7 +1,7 @@
 //! What a collector is, and what it is given: a way to say what it found, what it could not read, and what it is about
 //! to touch. This is the worker's side of the pipe; the parent's is in [`crate::worker`].
 
-use crate::worker::{Job, Message};
+use crate::worker::{Job, Message, Resume};
 use jiff::Timestamp;
 use serde::Serialize;
 use stillframe_evidence::{
@@ -10,9 +10,10 @@ use stillframe_evidence::{
     text::{Text, write_json},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::{self, BufWriter, Write},
+    collections::BTreeMap,
+    io::{self, Write},
     path::{Path, PathBuf},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -40,18 +41,26 @@ pub struct Memory {
     pub look: crate::sys::Look,
 }
 
+/// The worker's end of the pipe.
+pub type Pipe = Mutex<Box<dyn Write + Send>>;
+
+/// Messages are gathered up to this many bytes before they are written.
+const GATHERED: usize = 32 << 10;
+
 /// What a collector works with.
 pub struct Collection<'a> {
     job: &'a Job,
+    pipe: &'a Pipe,
+    lane: u8,
     /// Item at which this worker takes over from one that was lost, and the fields of it that are not to be touched.
-    resume: (u64, &'a [String]),
+    resume: &'a [Resume],
     item: u64,
-    pipe: &'a mut BufWriter<Box<dyn Write>>,
+    gathered: Vec<u8>,
     /// The record under way; one buffer for all of them.
     line: Vec<u8>,
     alive: Instant,
     /// What the steps share.
-    pub memory: &'a mut Memory,
+    pub memory: Memory,
 }
 
 /// A field that a lost worker was at is not read again.
@@ -59,6 +68,20 @@ pub struct Collection<'a> {
 pub struct Avoided;
 
 impl<'a> Collection<'a> {
+    fn new(job: &'a Job, pipe: &'a Pipe, lane: u8, resume: &'a [Resume], memory: Memory) -> Self {
+        Collection {
+            job,
+            pipe,
+            lane,
+            resume,
+            item: 0,
+            gathered: Vec::with_capacity(GATHERED),
+            line: Vec::new(),
+            alive: Instant::now(),
+            memory,
+        }
+    }
+
     /// Where the host's root is: `/`, or where a container has it mounted.
     pub fn root(&self) -> &'a Path {
         &self.job.root
@@ -69,14 +92,33 @@ impl<'a> Collection<'a> {
         self.job.root.join(path)
     }
 
-    /// True for the mounts on which a worker has hung.
-    pub fn avoids_mount(&self, mount: u64) -> bool {
-        self.job.avoid_mounts.contains(&mount)
+    /// Runs `work` in every lane at once and returns what each gives, with what each remembered. `work` is told its lane and
+    /// how many there are, and does the items whose number, divided by that, leaves its lane.
+    pub fn in_lanes<R: Send>(&mut self, work: impl Fn(&mut Collection, u64, u64) -> R + Sync) -> Vec<(R, Memory)> {
+        self.flush();
+        let (job, pipe, resume, lanes) = (self.job, self.pipe, self.resume, self.job.lanes.max(1));
+        let run = |lane: u8| {
+            let mut collection = Collection::new(job, pipe, lane, resume, Memory::default());
+            let result = work(&mut collection, u64::from(lane), u64::from(lanes));
+            collection.flush();
+            (result, collection.memory)
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..lanes).map(|lane| scope.spawn(move || run(lane))).collect();
+            let first = run(0);
+            // A lane that panics takes the worker with it: the parent knows what to do.
+            let rest = others.into_iter().map(|lane| lane.join().unwrap_or_else(|_| std::process::abort()));
+            std::iter::once(first).chain(rest).collect()
+        })
     }
 
-    /// Begins the item `key`; false when a worker before this one has done it. Keys must rise.
+    fn resume(&self) -> Option<&'a Resume> {
+        self.resume.get(usize::from(self.lane))
+    }
+
+    /// Begins the item `key`; false when a worker before this one has done it. Keys must rise within a lane.
     pub fn item(&mut self, key: u64, name: impl AsRef<[u8]>) -> bool {
-        if key < self.resume.0 {
+        if self.resume().is_some_and(|resume| key < resume.key) {
             return false;
         }
         self.item = key;
@@ -84,11 +126,16 @@ impl<'a> Collection<'a> {
         true
     }
 
+    /// Ends the item under way: a successor need not look at it again.
+    pub fn done(&mut self) {
+        self.send(&Message::Done);
+    }
+
     /// Says that `field` of this item is read next and that reading it may hang. An error when a worker has been lost
     /// there before. `mount` is where the file lies, when that is known.
     pub fn touching(&mut self, field: &'static str, mount: Option<u64>) -> Result<(), Avoided> {
-        let lost = self.item == self.resume.0 && self.resume.1.iter().any(|f| f == field);
-        if lost || mount.is_some_and(|m| self.avoids_mount(m)) {
+        let lost = self.resume().is_some_and(|r| r.key == self.item && r.avoid.iter().any(|f| f == field));
+        if lost || mount.is_some_and(|m| self.job.avoid_mounts.contains(&m)) {
             return Err(Avoided);
         }
         self.send(&Message::Touching { field: field.to_owned(), mount });
@@ -119,7 +166,7 @@ impl<'a> Collection<'a> {
         let record = Record { source: Text(source.as_ref().to_vec()), read_at, errors, data };
         let mut line = std::mem::take(&mut self.line);
         match write_json(&record, &mut line) {
-            Ok(()) => self.raw(b'R', &line),
+            Ok(()) => self.gather(b'R', &line),
             Err(error) => self.problem("record", &record.source.0, None, error),
         }
         self.line = line;
@@ -159,21 +206,35 @@ impl<'a> Collection<'a> {
     }
 
     fn send(&mut self, message: &Message) {
-        message.write(self.pipe).unwrap_or_else(|_| orphaned());
+        // Writing to memory fails for no message that there is.
+        let _ = message.write(&mut self.gathered, self.lane);
+        self.flush_full();
     }
 
-    fn raw(&mut self, tag: u8, body: &[u8]) {
-        crate::worker::write_frame(self.pipe, tag, body).unwrap_or_else(|_| orphaned());
+    fn gather(&mut self, tag: u8, body: &[u8]) {
+        let _ = crate::worker::write_frame(&mut self.gathered, tag, self.lane, body);
+        self.flush_full();
     }
 
+    fn flush_full(&mut self) {
+        if self.gathered.len() >= GATHERED {
+            self.flush();
+        }
+    }
+
+    /// Whole messages at a time: lanes share the pipe.
     fn flush(&mut self) {
-        self.pipe.flush().unwrap_or_else(|_| orphaned());
+        let written = self.pipe.lock().map_err(|_| io::ErrorKind::BrokenPipe.into()).and_then(|mut pipe| {
+            pipe.write_all(&self.gathered)?;
+            pipe.flush()
+        });
+        if written.is_err() {
+            // A worker without a parent has nothing left to do.
+            std::process::exit(0);
+        }
+        self.gathered.clear();
+        self.gathered.shrink_to(4 * GATHERED);
     }
-}
-
-/// A worker without a parent has nothing left to do.
-fn orphaned() {
-    std::process::exit(0);
 }
 
 /// The error of the system, without the ` (os error 13)` that the standard library appends.
@@ -250,36 +311,30 @@ pub struct Usage {
 }
 
 /// The worker's whole life: reads its job from `input`, runs its steps, writes messages to `output`.
-pub fn work(input: impl io::Read, output: Box<dyn Write>) -> io::Result<()> {
+pub fn work(input: impl io::Read, output: Box<dyn Write + Send>) -> io::Result<()> {
     let job: Job = serde_json::from_reader(input).map_err(io::Error::other)?;
-    let mut pipe = BufWriter::with_capacity(32 << 10, output);
+    let pipe: Pipe = Mutex::new(output);
     let mut memory = Memory { seen: job.seen.iter().copied().collect(), ..Memory::default() };
-    let mut resume = (job.resume.key, job.resume.avoid.as_slice());
-    let known: BTreeSet<&str> = crate::sys::COLLECTORS.iter().map(|c| c.kind).collect();
+    let mut resume = job.resume.as_slice();
     for (index, kind) in &job.steps {
-        Message::Begin { step: *index }.write(&mut pipe)?;
-        pipe.flush()?;
-        let collector = crate::sys::COLLECTORS.iter().find(|c| c.kind == kind.as_str());
-        let result = match collector {
-            Some(collector) => (collector.collect)(&mut Collection {
-                job: &job,
-                resume,
-                item: 0,
-                pipe: &mut pipe,
-                line: Vec::new(),
-                alive: Instant::now(),
-                memory: &mut memory,
-            }),
-            None => Err(Unsupported(format!("this platform collects {known:?}"))),
+        let mut collection = Collection::new(&job, &pipe, 0, resume, memory);
+        collection.send(&Message::Begin { step: *index });
+        collection.flush();
+        let result = match crate::sys::COLLECTORS.iter().find(|c| c.kind == kind.as_str()) {
+            Some(collector) => (collector.collect)(&mut collection),
+            None => Err(Unsupported(format!("this platform does not collect {kind}"))),
         };
-        resume = (0, &[]);
         let (status, reason) = match result {
             Ok(()) => (Status::Complete, None),
             Err(Unsupported(why)) => (Status::Unsupported, Some(why)),
         };
-        Message::End { step: *index, status, reason }.write(&mut pipe)?;
-        pipe.flush()?;
+        collection.send(&Message::End { step: *index, status, reason });
+        collection.flush();
+        memory = collection.memory;
+        resume = &[];
     }
-    Message::Bye(crate::sys::usage()).write(&mut pipe)?;
-    pipe.flush()
+    let mut last = Collection::new(&job, &pipe, 0, &[], memory);
+    last.send(&Message::Bye(crate::sys::usage()));
+    last.flush();
+    Ok(())
 }

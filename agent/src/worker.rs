@@ -5,7 +5,10 @@
 //! it), and starts another at that very item, with the field that it was lost on left out. A worker has no other
 //! descriptor of its parent's: one that cannot die keeps nothing open that anybody waits on.
 //!
-//! The pipe: `u8 tag, u32 length (little endian), body`; tag `R` carries a record as it will be stored, tag `M` a
+//! A worker may work in several lanes (threads), each at an item of its own; what hangs one of them shows when the others
+//! have run out of work.
+//!
+//! The pipe: `u8 tag, u8 lane, u32 length (little endian), body`; tag `R` carries a record as it will be stored, tag `M` a
 //! [`Message`] as JSON. The parent bounds every length: a worker may have been taken over by what it reads.
 
 use crate::{cancel::Cancel, collect::Usage};
@@ -38,8 +41,10 @@ pub struct Job {
     pub root: PathBuf,
     /// Steps: place in the plan, kind.
     pub steps: Vec<(u64, String)>,
-    /// Where to take up the first of them.
-    pub resume: Resume,
+    /// Threads for the kinds that can use them.
+    pub lanes: u8,
+    /// Where to take up the first of them, lane by lane.
+    pub resume: Vec<Resume>,
     /// Mounts that a worker hung on.
     pub avoid_mounts: BTreeSet<u64>,
     /// Processes seen so far: id and start.
@@ -79,6 +84,8 @@ pub enum Message {
     },
     /// A long read goes on.
     Alive,
+    /// The item is done.
+    Done,
     /// Something could not be read.
     Problem(Problem),
     /// Something to know.
@@ -104,28 +111,34 @@ pub enum Message {
 }
 
 /// Writes one frame of the pipe.
-pub fn write_frame(pipe: &mut impl Write, tag: u8, body: &[u8]) -> io::Result<()> {
+pub fn write_frame(pipe: &mut impl Write, tag: u8, lane: u8, body: &[u8]) -> io::Result<()> {
     let length = u32::try_from(body.len()).map_err(io::Error::other)?;
-    pipe.write_all(&[tag])?;
+    pipe.write_all(&[tag, lane])?;
     pipe.write_all(&length.to_le_bytes())?;
     pipe.write_all(body)
 }
 
 impl Message {
     /// Writes it to the pipe, without flushing.
-    pub fn write(&self, pipe: &mut impl Write) -> io::Result<()> {
-        write_frame(pipe, b'M', &serde_json::to_vec(self).map_err(io::Error::other)?)
+    pub fn write(&self, pipe: &mut impl Write, lane: u8) -> io::Result<()> {
+        write_frame(pipe, b'M', lane, &serde_json::to_vec(self).map_err(io::Error::other)?)
     }
 }
 
-enum Heard {
+enum What {
     Record(Vec<u8>),
     Message(Message),
 }
 
+struct Heard {
+    lane: u8,
+    what: What,
+}
+
 fn hear(pipe: &mut impl Read) -> io::Result<Heard> {
-    let (mut tag, mut length) = ([0; 1], [0; 4]);
+    let (mut tag, mut lane, mut length) = ([0; 1], [0; 1], [0; 4]);
     pipe.read_exact(&mut tag)?;
+    pipe.read_exact(&mut lane)?;
     pipe.read_exact(&mut length)?;
     let length = usize::try_from(u32::from_le_bytes(length)).map_err(io::Error::other)?;
     if length >= MAX_FRAME {
@@ -133,11 +146,13 @@ fn hear(pipe: &mut impl Read) -> io::Result<Heard> {
     }
     let mut body = vec![0; length];
     pipe.read_exact(&mut body)?;
-    match tag {
-        [b'R'] if !body.contains(&b'\n') => Ok(Heard::Record(body)),
-        [b'M'] => serde_json::from_slice(&body).map(Heard::Message).map_err(io::Error::other),
-        _ => Err(io::Error::other("a worker sent what is no message")),
-    }
+    let what = match tag {
+        [b'R'] if !body.contains(&b'\n') => What::Record(body),
+        [b'M'] => What::Message(serde_json::from_slice(&body).map_err(io::Error::other)?),
+        _ => return Err(io::Error::other("a worker sent what is no message")),
+    };
+    let [lane] = lane;
+    Ok(Heard { lane, what })
 }
 
 struct Worker {
@@ -281,24 +296,58 @@ pub struct Cost {
 struct Progress {
     started: Instant,
     begun: bool,
-    item: Option<(u64, Text)>,
-    records_of_item: u64,
-    field: Option<(String, Option<u64>)>,
-    resume: Resume,
+    lanes: Vec<Lane>,
     problems: Vec<Problem>,
     notes: Vec<String>,
     lost: u32,
 }
 
+/// What one thread of a worker is at.
+#[derive(Default)]
+struct Lane {
+    item: Option<(u64, Text)>,
+    records_of_item: u64,
+    field: Option<(String, Option<u64>)>,
+    /// Times that a worker was lost at the first item of `resume`.
+    losses: u32,
+    resume: Resume,
+}
+
+impl Lane {
+    /// Decides where this lane of the next worker starts; says what this one was at, if it was at anything.
+    fn lost(&mut self, hung: bool) -> Option<(Text, Option<(String, Option<u64>)>)> {
+        let field = self.field.take();
+        let (key, name) = self.item.take()?;
+        if self.records_of_item > 0 {
+            // Its first records are here, and would be here twice; what more it had to give is lost.
+            self.losses = 0;
+            self.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() };
+            return Some((name, field));
+        }
+        if key != self.resume.key {
+            self.losses = 0;
+            self.resume = Resume { key, avoid: Vec::new() };
+        }
+        self.losses += 1;
+        match &field {
+            // A death from outside says nothing of the item: it is read once more. What hangs, hangs again.
+            _ if !hung && self.losses == 1 => (),
+            Some((field, _)) if !self.resume.avoid.contains(field) => self.resume.avoid.push(field.clone()),
+            _ => {
+                self.losses = 0;
+                self.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() };
+            }
+        }
+        Some((name, field))
+    }
+}
+
 impl Progress {
-    fn new() -> Self {
+    fn new(lanes: u8) -> Self {
         Progress {
             started: Instant::now(),
             begun: false,
-            item: None,
-            records_of_item: 0,
-            field: None,
-            resume: Resume::default(),
+            lanes: (0..lanes.max(1)).map(|_| Lane::default()).collect(),
             problems: Vec::new(),
             notes: Vec::new(),
             lost: 0,
@@ -319,34 +368,30 @@ impl Progress {
         }
     }
 
-    /// Takes note of a lost worker and decides where the next one starts.
+    /// Takes note of a lost worker.
     fn lost(&mut self, fate: &str, avoid_mounts: &mut BTreeSet<u64>, hung: bool) {
         self.lost += 1;
-        let field = self.field.take();
-        let name = self.item.as_ref().map_or_else(|| Text::from("the step's beginning"), |(_, n)| n.clone());
-        let at = field.as_ref().map_or_else(|| "item".to_owned(), |(f, _)| f.clone());
-        self.problem(Problem {
-            what: at.clone(),
-            source: Text([name.as_bytes(), b" ", at.as_bytes()].concat()),
-            errno: None,
-            error: format!("the worker that read it {fate}"),
-            count: 1,
-        });
-        if let Some((_, Some(mount))) = field
-            && hung
-        {
-            avoid_mounts.insert(mount);
+        let mut at: Vec<(Text, Option<(String, Option<u64>)>)> = Vec::new();
+        for lane in &mut self.lanes {
+            at.extend(lane.lost(hung));
         }
-        let Some((key, _)) = self.item else { return };
-        if key != self.resume.key {
-            self.resume = Resume { key, avoid: Vec::new() };
+        if at.is_empty() {
+            at.push((Text::from("between two items"), None));
         }
-        match field {
-            Some((field, _)) if self.records_of_item == 0 && !self.resume.avoid.contains(&field) => {
-                self.resume.avoid.push(field);
+        for (name, field) in at {
+            if let Some((_, Some(mount))) = field
+                && hung
+            {
+                avoid_mounts.insert(mount);
             }
-            // Nothing to leave out, or the item's record is already here: go on behind it.
-            _ => self.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() },
+            let what = field.map_or_else(|| "item".to_owned(), |(field, _)| field);
+            self.problem(Problem {
+                source: Text([name.as_bytes(), b" ", what.as_bytes()].concat()),
+                what,
+                errno: None,
+                error: format!("the worker that read it {fate}"),
+                count: 1,
+            });
         }
     }
 
@@ -370,6 +415,7 @@ enum Turn {
 /// happens, except that `each` may end everything by an error of its own.
 pub fn supervise<E>(
     root: &std::path::Path,
+    lanes: u8,
     tasks: &[Task],
     cancel: &Cancel,
     mut each: impl FnMut(Event) -> Result<(), E>,
@@ -381,7 +427,7 @@ pub fn supervise<E>(
     let mut remaining = tasks.iter();
     let mut behind = tasks;
     while let Some(task) = remaining.next() {
-        let mut progress = Progress::new();
+        let mut progress = Progress::new(lanes);
         each(Event::Begin(task))?;
         let end = loop {
             if let Some(why) = cancel.requested() {
@@ -394,7 +440,8 @@ pub fn supervise<E>(
                 let job = Job {
                     root: root.to_owned(),
                     steps,
-                    resume: progress.resume.clone(),
+                    lanes,
+                    resume: progress.lanes.iter().map(|lane| lane.resume.clone()).collect(),
                     avoid_mounts: avoid_mounts.clone(),
                     seen: seen.clone(),
                 };
@@ -416,7 +463,7 @@ pub fn supervise<E>(
                 Turn::Lost { fate, hung } => {
                     worker = None;
                     progress.lost(&fate, &mut avoid_mounts, hung);
-                    if progress.lost >= MAX_LOST || (progress.item.is_none() && progress.lost >= 3) {
+                    if progress.lost >= MAX_LOST || (!progress.begun && progress.lost >= 3) {
                         let why = format!("{} workers were lost; the last one {fate}", progress.lost);
                         break progress.end(Status::Failed, Some(why));
                     }
@@ -437,7 +484,7 @@ pub fn supervise<E>(
     }
     // The last worker's own account of itself, if it gives one soon.
     if let Some(mut last) = worker {
-        if let Ok(Ok(Heard::Message(Message::Bye(usage)))) = last.hear(Duration::from_millis(200)) {
+        if let Ok(Ok(Heard { what: What::Message(Message::Bye(usage)), .. })) = last.hear(Duration::from_millis(200)) {
             add(&mut cost.usage, usage);
         }
         last.fate();
@@ -465,13 +512,15 @@ fn turn<E>(
     each: &mut impl FnMut(Event) -> Result<(), E>,
 ) -> Result<Turn, E> {
     let patience = SILENCE.min(task.deadline.saturating_sub(progress.started.elapsed()));
-    let message = match worker.hear(patience) {
-        Ok(Ok(Heard::Record(line))) => {
-            progress.records_of_item += 1;
+    let (lane, message) = match worker.hear(patience) {
+        Ok(Ok(Heard { lane, what: What::Record(line) })) => {
+            if let Some(lane) = progress.lanes.get_mut(usize::from(lane)) {
+                lane.records_of_item += 1;
+            }
             each(Event::Record(line))?;
             return Ok(Turn::Go);
         }
-        Ok(Ok(Heard::Message(message))) => message,
+        Ok(Ok(Heard { lane, what: What::Message(message) })) => (lane, message),
         Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
             return Ok(Turn::Lost { fate: worker.fate(), hung: false });
         }
@@ -488,12 +537,25 @@ fn turn<E>(
     match message {
         Message::Begin { step } if step == task.step => progress.begun = true,
         Message::Item { key, name } => {
-            progress.item = Some((key, name));
-            progress.records_of_item = 0;
-            progress.field = None;
+            if let Some(lane) = progress.lanes.get_mut(usize::from(lane)) {
+                lane.item = Some((key, name));
+                lane.records_of_item = 0;
+                lane.field = None;
+            }
         }
-        Message::Touching { field, mount } => progress.field = Some((field, mount)),
+        Message::Touching { field, mount } => {
+            if let Some(lane) = progress.lanes.get_mut(usize::from(lane)) {
+                lane.field = Some((field, mount));
+            }
+        }
         Message::Alive => (),
+        Message::Done => {
+            if let Some(lane) = progress.lanes.get_mut(usize::from(lane))
+                && let Some((key, _)) = lane.item.take()
+            {
+                lane.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() };
+            }
+        }
         Message::Problem(problem) => progress.problem(problem),
         Message::Note(note) => {
             if progress.notes.len() < MAX_PROBLEMS {
@@ -502,7 +564,7 @@ fn turn<E>(
         }
         Message::Seen { pid, start_ticks } => seen.push((pid, start_ticks)),
         Message::End { step, status, reason } if step == task.step => {
-            let finished = std::mem::replace(progress, Progress::new());
+            let finished = std::mem::replace(progress, Progress::new(0));
             return Ok(Turn::StepDone(finished.end(status, reason)));
         }
         Message::Bye(usage) => {
@@ -527,7 +589,7 @@ mod tests {
 
     #[test]
     fn alike_problems_are_counted_and_their_number_is_bounded() {
-        let mut progress = Progress::new();
+        let mut progress = Progress::new(1);
         for i in 0..1000 {
             progress.problem(problem("exe", "Permission denied"));
             progress.problem(problem("x", &i.to_string()));
@@ -537,29 +599,48 @@ mod tests {
         assert_eq!(progress.problems.iter().map(|p| p.count).sum::<u64>(), 2000);
     }
 
+    fn at(lane: &mut Lane, key: u64, field: Option<(&str, u64)>) {
+        lane.item = Some((key, Text::from(&format!("/proc/{key}"))));
+        lane.records_of_item = 0;
+        lane.field = field.map(|(f, mount)| (f.to_owned(), Some(mount)));
+    }
+
     #[test]
-    fn a_successor_leaves_out_the_field_then_the_item() {
-        let mut progress = Progress::new();
+    fn what_hung_is_left_out_at_once_and_its_mount_with_it() {
+        let mut progress = Progress::new(2);
         let mut mounts = BTreeSet::new();
-        progress.item = Some((7, Text::from("/proc/7")));
-        progress.field = Some(("image".into(), Some(42)));
+        at(&mut progress.lanes[1], 7, Some(("image", 42)));
+        progress.lanes[0].resume.key = 7;
         progress.lost("said nothing for 2 s", &mut mounts, true);
-        assert_eq!((progress.resume.key, progress.resume.avoid.clone()), (7, vec!["image".to_owned()]));
+        assert_eq!((progress.lanes[1].resume.key, &progress.lanes[1].resume.avoid[..]), (7, &["image".to_owned()][..]));
+        assert_eq!(progress.lanes[0].resume.key, 7, "a lane between two items goes on where it was");
+        assert_eq!((progress.problems.len(), progress.problems[0].source.to_string().as_str()), (1, "/proc/7 image"));
         assert!(mounts.contains(&42));
-        progress.item = Some((7, Text::from("/proc/7")));
+        at(&mut progress.lanes[1], 9, None);
+        progress.lanes[1].records_of_item = 1;
         progress.lost("was killed by signal 9", &mut mounts, false);
-        assert_eq!((progress.resume.key, progress.resume.avoid.len()), (8, 0));
-        // A record that is already here is not collected twice.
-        progress.item = Some((9, Text::from("/proc/9")));
-        progress.records_of_item = 1;
-        progress.field = Some(("maps".into(), None));
-        progress.lost("was killed by signal 9", &mut mounts, false);
-        assert_eq!(progress.resume.key, 10);
+        assert_eq!(progress.lanes[1].resume.key, 10, "records that are here are not collected twice");
+        assert_eq!(progress.problems.len(), 2, "and the rest of that item is named as lost");
+        at(&mut progress.lanes[1], 11, None);
+        progress.lost("said nothing for 2 s", &mut mounts, true);
+        assert_eq!(progress.lanes[1].resume.key, 12, "an item that hangs without a field to leave out is passed over");
+    }
+
+    #[test]
+    fn a_killed_worker_s_item_is_read_again_then_without_the_field_then_not_at_all() {
+        let mut lane = Lane::default();
+        let mut seen = Vec::new();
+        for _ in 0..4 {
+            at(&mut lane, 7, Some(("maps", 1)));
+            lane.lost(false);
+            seen.push((lane.resume.key, lane.resume.avoid.len()));
+        }
+        assert_eq!(seen, [(7, 0), (7, 1), (8, 0), (7, 0)]);
     }
 
     #[test]
     fn a_worker_that_speaks_nonsense_is_not_believed() {
-        for bytes in [&b"M\xff\xff\xff\xff"[..], b"R\x03\0\0\0a\nb", b"X\0\0\0\0", b"M\x02\0\0\0{}"] {
+        for bytes in [&b"M\0\xff\xff\xff\xff"[..], b"R\0\x03\0\0\0a\nb", b"X\0\0\0\0\0", b"M\0\x02\0\0\0{}"] {
             assert!(hear(&mut &bytes[..]).is_err());
         }
     }

@@ -8,9 +8,11 @@ use jiff::Timestamp;
 use rustix::fs::{FileType, fstat};
 use sha2::{Digest as _, Sha256};
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     io::{self, Read as _},
+    path::Path,
+    sync::{Arc, Mutex},
 };
 use stillframe_evidence::{
     records::{
@@ -25,7 +27,7 @@ use stillframe_evidence::{
 const MAX_IMAGE: u64 = 4 << 30;
 
 /// Hashes of files that many processes run, by device, inode, size and change time.
-type Hashed = HashMap<(u64, u64, u64, i64, u64), Hash>;
+type Hashed = Mutex<HashMap<(u64, u64, u64, i64, u64), Arc<Mutex<Option<Hash>>>>>;
 
 /// Every process with pages of its own, and those of the first look that have gone.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
@@ -36,50 +38,20 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     };
     let mut pids: BTreeSet<u32> = listed.into_iter().collect();
     pids.extend(c.memory.seen.keys());
-    let mut hashed = Hashed::new();
-    let (mut gone, mut new, mut reused) = (0u64, 0u64, 0u64);
-    for pid in pids {
-        let source = proc.join(pid.to_string());
-        let name = source.as_os_str().as_encoded_bytes();
-        if !c.item(u64::from(pid), name) {
-            continue;
+    let seen = std::mem::take(&mut c.memory.seen);
+    let hashed = Hashed::default();
+    let lanes = c.in_lanes(|c, lane, lanes| {
+        let mut tally = Tally::default();
+        for pid in pids.iter().filter(|pid| u64::from(**pid) % lanes == lane) {
+            look_at(c, &proc, *pid, &seen, &hashed, &mut tally);
         }
-        let read_at = Timestamp::now();
-        let mut errors = Errors::below(&source);
-        let mut details = ProcessDetails { pid, ..ProcessDetails::default() };
-        let before = c.memory.seen.get(&pid).copied();
-        let dir = ProcDir::open(&source).ok();
-        let mut kernel_thread = false;
-        if let Some(stat) = dir.as_ref().and_then(|dir| dir.read("stat").ok()) {
-            let mut process = Process::default();
-            parse_stat(&stat, None, &mut process);
-            details.start_ticks = process.start_ticks;
-            kernel_thread = process.kernel_thread;
-        }
-        details.identity = match (before, details.start_ticks) {
-            (Some(before), Some(now)) if before == now => SameProcess::Same,
-            (Some(_), Some(_)) => SameProcess::Reused,
-            (Some(_), None) => SameProcess::Gone,
-            (None, Some(_)) if c.memory.seen.is_empty() => SameProcess::Unknown,
-            (None, Some(_)) => SameProcess::New,
-            // Listed, never seen alive.
-            (None, None) => continue,
-        };
-        gone += u64::from(details.identity == SameProcess::Gone);
-        new += u64::from(details.identity == SameProcess::New);
-        reused += u64::from(details.identity == SameProcess::Reused);
-        if kernel_thread {
-            continue;
-        }
-        if let Some(dir) = dir.filter(|_| details.identity != SameProcess::Gone) {
-            read(c, &dir, &mut details, &mut errors, &mut hashed);
-        }
-        // It may end between two reads; that is the same news as its having gone before the first.
-        errors.list.retain(|e| !is_gone(e.errno));
-        c.record(name, read_at, Data::ProcessDetails(Box::new(details)), errors.list);
-    }
-    c.note(format!("{} hashed", stillframe_evidence::verdict::count(hashed.len(), "program")));
-    for (n, what) in [(gone, "ended"), (new, "started"), (reused, "replaced")] {
+        tally
+    });
+    c.memory.seen = seen;
+    let hashed = hashed.into_inner().map_or(0, |hashed| hashed.len());
+    c.note(format!("{} hashed", stillframe_evidence::verdict::count(hashed, "program")));
+    let sum = |of: fn(&Tally) -> u64| lanes.iter().map(|(tally, _)| of(tally)).sum::<u64>();
+    for (n, what) in [(sum(|t| t.gone), "ended"), (sum(|t| t.new), "started"), (sum(|t| t.reused), "replaced")] {
         if n > 0 {
             c.note(format!("{n} {what} since the first look"));
         }
@@ -87,12 +59,67 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     Ok(())
 }
 
+#[derive(Default)]
+struct Tally {
+    gone: u64,
+    new: u64,
+    reused: u64,
+}
+
+fn look_at(
+    c: &mut Collection,
+    proc: &Path,
+    pid: u32,
+    seen: &BTreeMap<u32, u64>,
+    hashed: &Hashed,
+    tally: &mut Tally,
+) {
+    let source = proc.join(pid.to_string());
+    let name = source.as_os_str().as_encoded_bytes();
+    if !c.item(u64::from(pid), name) {
+        return;
+    }
+    let read_at = Timestamp::now();
+    let mut errors = Errors::below(&source);
+    let mut details = ProcessDetails { pid, ..ProcessDetails::default() };
+    let dir = ProcDir::open(&source).ok();
+    let mut kernel_thread = false;
+    if let Some(stat) = dir.as_ref().and_then(|dir| dir.read("stat").ok()) {
+        let mut process = Process::default();
+        parse_stat(&stat, None, &mut process);
+        details.start_ticks = process.start_ticks;
+        kernel_thread = process.kernel_thread;
+    }
+    details.identity = match (seen.get(&pid).copied(), details.start_ticks) {
+        (Some(before), Some(now)) if before == now => SameProcess::Same,
+        (Some(_), Some(_)) => SameProcess::Reused,
+        (Some(_), None) => SameProcess::Gone,
+        (None, Some(_)) if seen.is_empty() => SameProcess::Unknown,
+        (None, Some(_)) => SameProcess::New,
+        // Listed, never seen alive.
+        (None, None) => return,
+    };
+    tally.gone += u64::from(details.identity == SameProcess::Gone);
+    tally.new += u64::from(details.identity == SameProcess::New);
+    tally.reused += u64::from(details.identity == SameProcess::Reused);
+    if kernel_thread {
+        return;
+    }
+    if let Some(dir) = dir.filter(|_| details.identity != SameProcess::Gone) {
+        read(c, &dir, &mut details, &mut errors, hashed);
+    }
+    // It may end between two reads; that is the same news as its having gone before the first.
+    errors.list.retain(|e| !is_gone(e.errno));
+    c.record(name, read_at, Data::ProcessDetails(Box::new(details)), errors.list);
+    c.done();
+}
+
 fn read(
     c: &mut Collection,
     dir: &ProcDir,
     details: &mut ProcessDetails,
     errors: &mut Errors,
-    hashed: &mut Hashed,
+    hashed: &Hashed,
 ) {
     match c.touching("environ", None) {
         Ok(()) => details.environ = errors.keep("environ", "environ", dir.read("environ")).map(|b| strings(&b)),
@@ -114,7 +141,7 @@ fn read(
     }
 }
 
-fn read_image(c: &mut Collection, path: &std::os::fd::OwnedFd, hashed: &mut Hashed) -> io::Result<Image> {
+fn read_image(c: &mut Collection, path: &std::os::fd::OwnedFd, hashed: &Hashed) -> io::Result<Image> {
     let stat = fstat(path)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(io::Error::other("not a regular file"));
@@ -123,14 +150,17 @@ fn read_image(c: &mut Collection, path: &std::os::fd::OwnedFd, hashed: &mut Hash
     #[allow(clippy::unnecessary_fallible_conversions, reason = "the width of these differs between platforms")]
     let (changed_s, changed_ns) = (stat.st_ctime, u64::try_from(stat.st_ctime_nsec).unwrap_or(0));
     let identity = (stat.st_dev, stat.st_ino, size, changed_s, changed_ns);
-    let sha256 = match hashed.get(&identity) {
-        Some(hash) => Some(*hash),
-        None if size > MAX_IMAGE => None,
-        None => {
-            let hash = hash(c, File::from(reopen(path)?), size)?;
-            hashed.insert(identity, hash);
-            Some(hash)
+    let sha256 = if size > MAX_IMAGE {
+        None
+    } else {
+        // Another lane may be at the same file: it is waited for rather than read twice.
+        let slot = hashed.lock().map(|mut all| all.entry(identity).or_default().clone());
+        let slot = slot.map_err(|_| io::Error::other("another lane failed"))?;
+        let mut slot = slot.lock().map_err(|_| io::Error::other("another lane failed at it"))?;
+        if slot.is_none() {
+            *slot = Some(hash(c, File::from(reopen(path)?), size)?);
         }
+        *slot
     };
     let time = |s: i64, ns: u64| Timestamp::new(s, i32::try_from(ns).ok()?).ok();
     Ok(Image {

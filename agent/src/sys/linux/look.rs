@@ -67,6 +67,19 @@ impl Look {
         }
     }
 
+    /// Joins what another lane saw.
+    pub fn merge(&mut self, other: Look) {
+        for (inode, owners) in other.owners {
+            self.owners.entry(inode).or_default().extend(owners);
+        }
+        other.netns.into_iter().for_each(|(inode, who)| who.into_iter().for_each(|w| self.in_netns(inode, w)));
+        for (inode, pids) in other.mntns {
+            pids.into_iter().for_each(|pid| self.namespace(pid, "mnt", inode));
+        }
+        other.netns_fds.into_iter().for_each(|(inode, file)| _ = self.netns_fds.entry(inode).or_insert(file));
+        self.closed.extend(other.closed);
+    }
+
     /// Takes note of the threads of a process that sit in another network namespace than it does.
     pub fn threads(&mut self, dir: &ProcDir, pid: u32, tids: &[u32]) {
         for tid in tids {

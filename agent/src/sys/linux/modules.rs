@@ -53,6 +53,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         }
         hidden += u64::from(module.seen_in.len() == 1);
         c.record(source, read_at, Data::Module(Box::new(module)), errors.list);
+        c.done();
     }
     if hidden > 0 {
         c.note(format!("{hidden} in only one of procfs and sysfs"));

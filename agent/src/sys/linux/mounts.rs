@@ -62,6 +62,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
                 None => c.problem("mountinfo", path.as_os_str().as_encoded_bytes(), None, "a line of unknown form"),
             }
         }
+        c.done();
     }
     c.note(count(total, "mount namespace"));
     Ok(())

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::collect::{Collection, Errors, Unsupported, is_gone};
 use jiff::{SignedDuration, Timestamp};
+use std::path::Path;
 use stillframe_evidence::{
     records::{
         Data,
@@ -26,35 +27,58 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         Err(error) => return Err(Unsupported(format!("{}: {error}", proc.display()))),
     };
     let booted = clock::booted();
-    let mut whole = true;
-    let (mut vanished, mut kernel_threads) = (0u64, 0u64);
-    for pid in pids {
-        let source = proc.join(pid.to_string());
-        if !c.item(u64::from(pid), source.as_os_str().as_encoded_bytes()) {
-            whole = false;
-            continue;
+    let before = c.memory.seen.len();
+    let lanes = c.in_lanes(|c, lane, lanes| {
+        let mut tally = Tally { whole: true, ..Tally::default() };
+        for pid in pids.iter().filter(|pid| u64::from(**pid) % lanes == lane) {
+            look_at(c, &proc, *pid, booted, &mut tally);
         }
-        let read_at = Timestamp::now();
-        let mut process = Process { pid, ..Process::default() };
-        let mut errors = Errors::below(&source);
-        match ProcDir::open(&source) {
-            Ok(dir) => read(c, &dir, booted, &mut process, &mut errors),
-            Err(error) => _ = errors.keep::<()>("process", "", Err(error)),
-        }
-        if let Some(ticks) = process.start_ticks {
-            c.seen(pid, ticks);
-        }
-        vanished += u64::from(errors.list.iter().any(|e| is_gone(e.errno)));
-        kernel_threads += u64::from(process.kernel_thread);
-        let data = Data::Process(Box::new(process));
-        c.record(source.as_os_str().as_encoded_bytes(), read_at, data, errors.list);
+        tally
+    });
+    let mut total = Tally { whole: before == 0, ..Tally::default() };
+    for (tally, memory) in lanes {
+        total.whole &= tally.whole;
+        total.vanished += tally.vanished;
+        total.kernel_threads += tally.kernel_threads;
+        c.memory.seen.extend(memory.seen);
+        c.memory.look.merge(memory.look);
     }
-    c.memory.look.whole = whole;
-    c.note(format!("{kernel_threads} of the kernel"));
-    if vanished > 0 {
-        c.note(format!("{vanished} ended while they were read"));
+    c.memory.look.whole = total.whole;
+    c.note(format!("{} of the kernel", total.kernel_threads));
+    if total.vanished > 0 {
+        c.note(format!("{} ended while they were read", total.vanished));
     }
     Ok(())
+}
+
+#[derive(Default)]
+struct Tally {
+    whole: bool,
+    vanished: u64,
+    kernel_threads: u64,
+}
+
+fn look_at(c: &mut Collection, proc: &Path, pid: u32, booted: Option<Timestamp>, tally: &mut Tally) {
+    let source = proc.join(pid.to_string());
+    let name = source.as_os_str().as_encoded_bytes();
+    if !c.item(u64::from(pid), name) {
+        tally.whole = false;
+        return;
+    }
+    let read_at = Timestamp::now();
+    let mut process = Process { pid, ..Process::default() };
+    let mut errors = Errors::below(&source);
+    match ProcDir::open(&source) {
+        Ok(dir) => read(c, &dir, booted, &mut process, &mut errors),
+        Err(error) => _ = errors.keep::<()>("process", "", Err(error)),
+    }
+    if let Some(ticks) = process.start_ticks {
+        c.seen(pid, ticks);
+    }
+    tally.vanished += u64::from(errors.list.iter().any(|e| is_gone(e.errno)));
+    tally.kernel_threads += u64::from(process.kernel_thread);
+    c.record(name, read_at, Data::Process(Box::new(process)), errors.list);
+    c.done();
 }
 
 fn read(

@@ -67,6 +67,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             Err(error) => c.unread("namespace", &name, &error),
         }
         conntrack(c, netns, &name, read_at);
+        c.done();
     }
     c.note(count(namespaces.len(), "network namespace"));
     Ok(())

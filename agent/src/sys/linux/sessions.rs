@@ -32,11 +32,13 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             },
             Err(_) => c.problem("utmp", source, None, "not read: a worker that read here was lost"),
         }
+        c.done();
     }
     for (key, folder) in (1u64..).zip(LOGIND) {
         let path = c.path(format!("run/systemd/{folder}"));
         if c.item(key, path.as_os_str().as_encoded_bytes()) {
             logind(c, folder, &path);
+            c.done();
         }
     }
     Ok(())

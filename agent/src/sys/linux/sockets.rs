@@ -45,10 +45,12 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         let name = format!("net:[{}]", netns.inode);
         if c.item(netns.inode, &name) {
             namespace(c, netns, &name, &mut look, ask, &mut tally);
+            c.done();
         }
     }
     if c.item(u64::MAX, "sockets that no table lists") {
         unlisted(c, &look, &mut tally);
+        c.done();
     }
     c.note(count(namespaces.len(), "network namespace"));
     for (n, what) in [

@@ -59,6 +59,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             }),
             Err(error) => c.unread(table.protocol, source, &error),
         }
+        c.done();
     }
     Ok(())
 }
