@@ -32,7 +32,7 @@ use stillframe_evidence::{
 use stillframe_store::Store;
 
 /// The zstd level of records: they are few, and the host's processor is somebody's evidence too.
-const LEVEL: i32 = 3;
+const LEVEL: i32 = 1;
 
 /// What is asked for.
 pub struct Request {

@@ -166,17 +166,25 @@ struct Worker {
 /// second; a reader that woke for each would cost the host more than the collecting does.
 const GATHER: Duration = Duration::from_millis(2);
 
+/// Bytes of records after which a batch is handed over.
+const BATCH: usize = 256 << 10;
+
 /// Reads the pipe until it ends; hands over what has come, in batches.
 fn read_pipe(output: ChildStdout, tell: &SyncSender<io::Result<Vec<Heard>>>) {
     let mut output = io::BufReader::with_capacity(256 << 10, output);
     loop {
-        let mut batch = Vec::new();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
         let end = loop {
             match hear(&mut output) {
-                Ok(heard) => batch.push(heard),
+                Ok(heard) => {
+                    if let What::Record(line) = &heard.what {
+                        bytes += line.len();
+                    }
+                    batch.push(heard);
+                }
                 Err(error) => break Some(error),
             }
-            if output.buffer().is_empty() {
+            if output.buffer().is_empty() || bytes > BATCH {
                 break None;
             }
         };
@@ -187,7 +195,9 @@ fn read_pipe(output: ChildStdout, tell: &SyncSender<io::Result<Vec<Heard>>>) {
             let _ = tell.send(Err(error));
             return;
         }
-        std::thread::sleep(GATHER);
+        if bytes <= BATCH {
+            std::thread::sleep(GATHER);
+        }
     }
 }
 

@@ -1,16 +1,17 @@
 //! The second look at the processes: what touches their pages and their files. Every such read is announced before it is
 //! made, so that a worker that hangs on it costs that one field of that one process.
 
-use super::proc::{ProcDir, hex, lines, mount_of, number, reopen, strings};
+use super::proc::{ProcDir, hex, lines, number, reopen, strings};
 use super::processes::parse_stat;
 use crate::collect::{Collection, Errors, Unsupported, is_gone};
 use jiff::Timestamp;
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     io::{self, Read as _},
+    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -27,7 +28,7 @@ use stillframe_evidence::{
 const MAX_IMAGE: u64 = 4 << 30;
 
 /// Hashes of files that many processes run, by device, inode, size and change time.
-type Hashed = Mutex<HashMap<(u64, u64, u64, i64, u64), Arc<Mutex<Option<Hash>>>>>;
+type Hashed = Mutex<HashMap<(u64, u64, u64, i64, u32), Arc<Mutex<Option<Hash>>>>>;
 
 /// Every process with pages of its own, and those of the first look that have gone.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
@@ -134,23 +135,31 @@ fn read(
         Err(_) => errors.avoided("maps", "maps"),
     }
     // A process whose image is gone (a zombie) answers ENOENT.
-    let Some(image) = errors.keep_present("image", "exe", dir.path_only("exe")) else { return };
-    match c.touching("image", mount_of(&image)) {
-        Ok(()) => details.image = errors.keep("image", "exe", read_image(c, &image, hashed)),
+    let Some(path) = errors.keep_present("image", "exe", dir.path_only("exe")) else { return };
+    // What the kernel has cached, without asking the file system, which may not answer.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = statx(&path, c"", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID);
+    let Some(stat) = errors.keep("image", "exe", stat.map_err(io::Error::from)) else { return };
+    let known = hashed.lock().ok().and_then(|all| all.get(&identity(&stat)).cloned());
+    let known = known.and_then(|slot| slot.try_lock().ok().and_then(|hash| *hash));
+    let mount = Some(stat.stx_mnt_id).filter(|_| stat.stx_mask & StatxFlags::MNT_ID.bits() != 0);
+    match known.map_or_else(|| c.touching("image", mount), |_| Ok(())) {
+        Ok(()) => details.image = errors.keep("image", "exe", read_image(c, &path, &stat, hashed)),
         Err(_) => errors.avoided("image", "exe"),
     }
 }
 
-fn read_image(c: &mut Collection, path: &std::os::fd::OwnedFd, hashed: &Hashed) -> io::Result<Image> {
-    let stat = fstat(path)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+fn identity(stat: &Statx) -> (u64, u64, u64, i64, u32) {
+    let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    (device, stat.stx_ino, stat.stx_size, stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec)
+}
+
+fn read_image(c: &mut Collection, path: &OwnedFd, stat: &Statx, hashed: &Hashed) -> io::Result<Image> {
+    if FileType::from_raw_mode(u32::from(stat.stx_mode)) != FileType::RegularFile {
         return Err(io::Error::other("not a regular file"));
     }
-    let size = u64::try_from(stat.st_size).unwrap_or(0);
-    #[allow(clippy::unnecessary_fallible_conversions, reason = "the width of these differs between platforms")]
-    let (changed_s, changed_ns) = (stat.st_ctime, u64::try_from(stat.st_ctime_nsec).unwrap_or(0));
-    let identity = (stat.st_dev, stat.st_ino, size, changed_s, changed_ns);
-    let sha256 = if size > MAX_IMAGE {
+    let identity = identity(stat);
+    let sha256 = if stat.stx_size > MAX_IMAGE {
         None
     } else {
         // Another lane may be at the same file: it is waited for rather than read twice.
@@ -158,24 +167,22 @@ fn read_image(c: &mut Collection, path: &std::os::fd::OwnedFd, hashed: &Hashed) 
         let slot = slot.map_err(|_| io::Error::other("another lane failed"))?;
         let mut slot = slot.lock().map_err(|_| io::Error::other("another lane failed at it"))?;
         if slot.is_none() {
-            *slot = Some(hash(c, File::from(reopen(path)?), size)?);
+            *slot = Some(hash(c, File::from(reopen(path)?), stat.stx_size)?);
         }
         *slot
     };
-    let time = |s: i64, ns: u64| Timestamp::new(s, i32::try_from(ns).ok()?).ok();
+    let time = |t: rustix::fs::StatxTimestamp| Timestamp::new(t.tv_sec, i32::try_from(t.tv_nsec).ok()?).ok();
     Ok(Image {
         sha256,
-        size,
-        device: stat.st_dev,
-        inode: stat.st_ino,
-        mode: stat.st_mode & 0o7777,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        #[allow(clippy::useless_conversion, reason = "the width of st_nlink differs between platforms")]
-        links: u64::from(stat.st_nlink),
-        #[allow(clippy::unnecessary_fallible_conversions, reason = "the width of these differs between platforms")]
-        modified: time(stat.st_mtime, u64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
-        changed: time(changed_s, changed_ns),
+        size: stat.stx_size,
+        device: identity.0,
+        inode: stat.stx_ino,
+        mode: u32::from(stat.stx_mode & 0o7777),
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        links: u64::from(stat.stx_nlink),
+        modified: time(stat.stx_mtime),
+        changed: time(stat.stx_ctime),
     })
 }
 

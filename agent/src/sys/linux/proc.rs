@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, Read as _},
     mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     path::Path,
 };
 use stillframe_evidence::text::Text;
@@ -102,13 +102,6 @@ pub fn reopen(fd: &OwnedFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     Ok(openat(CWD, path, flags, Mode::empty())?)
-}
-
-/// The mount that an open file lies on, from /proc/self/fdinfo; no file system is asked.
-pub fn mount_of(fd: &impl AsFd) -> Option<u64> {
-    use std::os::fd::AsRawFd as _;
-    let info = read(Path::new(&format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()))).ok()?;
-    info.split(|b| *b == b'\n').find_map(|line| number(line.strip_prefix(b"mnt_id:")?.trim_ascii()))
 }
 
 fn name_of(kind: FileType) -> &'static str {

@@ -94,33 +94,37 @@ fn namespace(c: &mut Collection, netns: &Netns, name: &str, look: &mut Look, ask
     } else {
         HashMap::new()
     };
-    let mut sockets = Vec::new();
+    let mut looked_again = false;
     for (table, path, bytes) in tables {
-        match bytes {
-            Ok(bytes) => {
-                let parsed = parse(table, &bytes);
-                sockets.extend(parsed.into_iter().map(|socket| (path.clone(), socket)));
+        let source = path.as_os_str().as_encoded_bytes();
+        let sockets = match bytes {
+            Ok(bytes) => parse(table, &bytes),
+            Err(error) => {
+                c.unread(table, source, &error);
+                continue;
             }
-            Err(error) => c.unread(table, path.as_os_str().as_encoded_bytes(), &error),
+        };
+        // The tables are younger than the look: a socket without an owner may have been opened since. One more look tells.
+        let orphan = |s: &Socket| s.inode != 0 && ownership(s, look) == Ownership::Ownerless;
+        if !looked_again
+            && sockets.iter().any(orphan)
+            && let Ok(newer) = Look::scan(c.root())
+        {
+            looked_again = true;
+            look.owners = newer.owners;
+            look.closed.extend(newer.closed);
         }
-    }
-    // The tables are younger than the look: a socket without an owner may have been opened since. One more look tells.
-    let orphan = |s: &Socket| s.inode != 0 && ownership(s, look) == Ownership::Ownerless;
-    if sockets.iter().any(|(_, socket)| orphan(socket))
-        && let Ok(newer) = Look::scan(c.root())
-    {
-        look.owners = newer.owners;
-        look.closed.extend(newer.closed);
-    }
-    for (path, mut socket) in sockets {
-        socket.netns = Some(netns.inode);
-        socket.peer_inode = peers.get(&socket.inode).copied().filter(|peer| *peer != 0 && socket.protocol == "unix");
-        socket.ownership = ownership(&socket, look);
-        socket.owners = look.owners.get(&socket.inode).cloned().unwrap_or_default();
-        tally.listed.insert(socket.inode);
-        tally.ownerless += usize::from(socket.ownership == Ownership::Ownerless);
-        tally.unknown += usize::from(socket.ownership == Ownership::Unknown);
-        c.record(path.as_os_str().as_encoded_bytes(), read_at, Data::Socket(Box::new(socket)), Vec::new());
+        for mut socket in sockets {
+            socket.netns = Some(netns.inode);
+            let peer = peers.get(&socket.inode).copied();
+            socket.peer_inode = peer.filter(|peer| *peer != 0 && socket.protocol == "unix");
+            socket.ownership = ownership(&socket, look);
+            socket.owners = look.owners.get(&socket.inode).cloned().unwrap_or_default();
+            tally.listed.insert(socket.inode);
+            tally.ownerless += usize::from(socket.ownership == Ownership::Ownerless);
+            tally.unknown += usize::from(socket.ownership == Ownership::Unknown);
+            c.record(source, read_at, Data::Socket(Box::new(socket)), Vec::new());
+        }
     }
 }
 
