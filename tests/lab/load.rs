@@ -6,6 +6,7 @@ use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
+    path::Path,
     process::{Child, Command, Stdio},
 };
 
@@ -19,14 +20,18 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts `n` processes by running this very program again, and waits until all of them hold what they should: 16 open
-    /// files and a socket pair each, and every second one a listening and a connected TCP socket.
+    /// Starts `n` processes by running this very program again.
     pub fn start(n: usize) -> Result<Self> {
+        Self::of_program(&std::env::current_exe()?, n)
+    }
+
+    /// Starts `n` processes of `program`, whose main calls [`serve`], and waits until all of them hold what they should: 16 open
+    /// files and a socket pair each, and every second one a listening and a connected TCP socket.
+    pub fn of_program(program: &Path, n: usize) -> Result<Self> {
         let files = tempfile::tempdir()?;
-        let own = std::env::current_exe()?;
         let mut children = Vec::with_capacity(n);
         for i in 0..n {
-            let child = Command::new(&own)
+            let child = Command::new(program)
                 .args([ARGUMENT, &i.to_string()])
                 .arg(files.path())
                 .stdin(Stdio::piped())

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
     sync::Mutex,
@@ -17,14 +18,18 @@ pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
-/// One build at a time in this process; cargo itself sees to it between processes.
-static BUILD: Mutex<()> = Mutex::new(());
+/// What this process has had built. One build at a time here; cargo itself sees to it between processes.
+static BUILT: Mutex<BTreeMap<(String, bool), PathBuf>> = Mutex::new(BTreeMap::new());
 
-/// Builds one package's binary, in the profile of the caller (or in release), and says where it lies.
-pub fn build(package: &str, triple: Option<&str>, release: bool) -> Result<PathBuf> {
-    let _one = BUILD.lock();
+/// Builds one binary, in the profile of the caller or in release, and says where it lies.
+fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Result<PathBuf> {
+    let mut built = BUILT.lock().unwrap_or_else(|e| e.into_inner());
+    let key = (format!("{binary} {}", triple.unwrap_or("")), release);
+    if let Some(path) = built.get(&key) {
+        return Ok(path.clone());
+    }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace()).args(["build", "--quiet", "--locked", "-p", package]).arg("--target-dir").arg(target());
+    cargo.current_dir(workspace()).args(["build", "--quiet", "--locked", "-p", package, "--bin", binary]).arg("--target-dir").arg(target());
     let mut folder = target();
     if let Some(triple) = triple {
         cargo.args(["--target", triple]);
@@ -41,30 +46,37 @@ pub fn build(package: &str, triple: Option<&str>, release: bool) -> Result<PathB
     }
     let status = cargo.status().context("starting cargo")?;
     if !status.success() {
-        bail!("cargo could not build {package}");
+        bail!("cargo could not build {binary}");
     }
     let suffix = if triple.is_some_and(|t| t.contains("windows")) { ".exe" } else { "" };
-    Ok(folder.join(if release { "release" } else { "debug" }).join(format!("{package}{suffix}")))
+    let path = folder.join(if release { "release" } else { "debug" }).join(format!("{binary}{suffix}"));
+    built.insert(key, path.clone());
+    Ok(path)
 }
 
 /// The agent for this machine.
 pub fn agent() -> Result<PathBuf> {
-    build("stillframe-agent", None, !cfg!(debug_assertions))
+    build("stillframe-agent", "stillframe-agent", None, !cfg!(debug_assertions))
 }
 
 /// The controller for this machine.
 pub fn controller() -> Result<PathBuf> {
-    build("stillframe", None, !cfg!(debug_assertions))
+    build("stillframe", "stillframe", None, !cfg!(debug_assertions))
+}
+
+/// The lab's own program, which can be a process of a load.
+pub fn lab() -> Result<PathBuf> {
+    build("stillframe-tests", "lab", None, !cfg!(debug_assertions))
 }
 
 /// The agent as it is released for Linux: static.
 pub fn static_agent() -> Result<PathBuf> {
-    build("stillframe-agent", Some("x86_64-unknown-linux-musl"), true)
+    build("stillframe-agent", "stillframe-agent", Some("x86_64-unknown-linux-musl"), true)
 }
 
 /// The agent for Windows.
 pub fn windows_agent() -> Result<PathBuf> {
-    build("stillframe-agent", Some("x86_64-pc-windows-gnu"), true)
+    build("stillframe-agent", "stillframe-agent", Some("x86_64-pc-windows-gnu"), true)
 }
 
 /// True when a program can be found on the path.

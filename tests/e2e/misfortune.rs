@@ -1,0 +1,228 @@
+//! Bad luck and malice on the host: what hangs, what is not what it should be, what is killed from outside, a disk that fills up.
+//! These mount file systems and therefore need root, which tests/run and a guest have; they say so when they do not.
+
+use serde_json::Value;
+use std::{
+    path::Path,
+    process::{Command, Output, Stdio},
+    sync::{Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+use stillframe_tests::{dead_mount::DeadMount, load::Load, programs, store};
+
+const KINDS: [&str; 8] = ["host", "processes", "sockets", "routes", "modules", "mounts", "process-details", "sessions"];
+
+/// What one of these tests does to the machine, every capture of the machine sees: one at a time.
+fn alone_and_root() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    assert!(status.lines().any(|l| l.starts_with("Uid:\t0\t0")), "these tests mount file systems: run them as root");
+    ONE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn capture(base: &Path) -> Output {
+    Command::new(programs::agent().unwrap()).args(["capture", "--store"]).arg(base).output().unwrap()
+}
+
+/// Everything else is as complete as on this machine it ever is: no problem but those that `ours` says are of the test's making,
+/// and those of processes that this machine hides even from root (the first one, in some containers).
+fn assert_rest_complete(base: &Path, ours: impl Fn(&Value) -> bool) {
+    for kind in KINDS {
+        let outcome = store::outcome(base, kind).unwrap();
+        let status = outcome["status"].as_str().unwrap();
+        assert!(matches!(status, "complete" | "partial" | "unsupported"), "{outcome}");
+        for problem in outcome["problems"].as_array().into_iter().flatten() {
+            let hidden = problem["errno"] == 13 && problem["source"].as_str().is_some_and(|s| s.starts_with("/proc/1/"));
+            assert!(hidden || ours(problem), "{kind}: {problem}");
+        }
+    }
+    assert_eq!(store::verify(base, &[]).unwrap().0, "self-consistent");
+}
+
+#[test]
+fn a_fifo_over_utmp() {
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("evidence");
+    let agent = programs::agent().unwrap();
+    // In a mount namespace of its own, so that this machine keeps its /run.
+    let script = "mount -t tmpfs run /run && mkfifo /run/fifo && : > /run/utmp && mount --bind /run/fifo /run/utmp && \
+                  exec \"$0\" capture --store \"$1\"";
+    let began = Instant::now();
+    let output = Command::new("unshare").args(["-m", "sh", "-c", script]).arg(agent).arg(&base).output().unwrap();
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
+    assert!(began.elapsed() < Duration::from_secs(30));
+    let outcome = store::outcome(&base, "sessions").unwrap();
+    assert_eq!(outcome["status"], "partial");
+    let problem = &outcome["problems"][0];
+    assert_eq!((&problem["source"], &problem["error"]), (&"/run/utmp".into(), &"is a FIFO, not a regular file".into()));
+    assert_rest_complete(&base, |p| p["what"] == "utmp");
+}
+
+#[test]
+fn a_dead_file_system_as_somebody_s_program_and_working_directory() {
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    let dead = DeadMount::with_process_in_it().unwrap();
+    let base = folder.path().join("evidence");
+    let began = Instant::now();
+    let output = capture(&base);
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
+    // One worker's patience, not one for each look at it.
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    let records = store::records(&base, "processes").unwrap();
+    let process = records.iter().find(|p| p["pid"] == dead.pid()).unwrap();
+    assert_eq!(process["cwd"], dead.path().to_str().unwrap());
+    assert_eq!(process["exe"], dead.path().join("program").to_str().unwrap());
+    let details = store::records(&base, "process-details").unwrap();
+    let detail = details.iter().find(|p| p["pid"] == dead.pid()).unwrap();
+    assert!(detail["image"].is_null());
+    assert!(detail["errors"].as_array().unwrap().iter().any(|e| e["field"] == "image"), "{detail}");
+    assert!(!detail["maps"].as_array().unwrap().is_empty() && !detail["environ"].is_null());
+    // Every other process has its details.
+    let alive = |p: &&Value| p["identity"] == "same" && p["pid"] != 1 && p["pid"] != dead.pid();
+    for other in details.iter().filter(alive) {
+        assert!(other["errors"].is_null() || other["image"]["sha256"].is_string(), "{other}");
+    }
+    let outcome = store::outcome(&base, "process-details").unwrap();
+    let named = format!("/proc/{} image", dead.pid());
+    let is_named = |p: &Value| p["source"] == named.as_str() && p["error"].as_str().unwrap().contains("said nothing for 2 s");
+    assert!(outcome["problems"].as_array().unwrap().iter().any(is_named), "{outcome}");
+    assert_rest_complete(&base, |p| p["what"] == "image");
+}
+
+#[test]
+fn a_worker_killed_from_outside() {
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    let agent = programs::agent().unwrap();
+    // So that there is time to kill it.
+    let dead = DeadMount::with_process_in_it().unwrap();
+    for (i, signal) in [libc::SIGSEGV, libc::SIGKILL].into_iter().enumerate() {
+        let base = folder.path().join(i.to_string());
+        let mut child =
+            Command::new(&agent).args(["capture", "--store"]).arg(&base).stdout(Stdio::null()).spawn().unwrap();
+        let worker = loop {
+            let children = format!("/proc/{0}/task/{0}/children", child.id());
+            let children = std::fs::read_to_string(children).unwrap_or_default();
+            match children.split_whitespace().next() {
+                Some(pid) => break pid.parse::<i32>().unwrap(),
+                None => assert!(child.try_wait().unwrap().is_none(), "it ended without a worker"),
+            }
+        };
+        // Well into its steps, or already at the file system that does not answer.
+        std::thread::sleep(Duration::from_millis(500));
+        // Rust's runtime answers the first SIGSEGV that no access of memory caused by putting the default action back.
+        for _ in 0..if signal == libc::SIGSEGV { 2 } else { 1 } {
+            // SAFETY: kill(2) takes no pointer; the process is a child of a child that is still waited for.
+            assert_eq!(unsafe { libc::kill(worker, signal) }, 0);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(5));
+        let killed = format!("was killed by signal {signal}");
+        let mut found = Vec::new();
+        for kind in KINDS {
+            let outcome = store::outcome(&base, kind).unwrap();
+            let problems = outcome["problems"].as_array().cloned().unwrap_or_default();
+            found.extend(problems.into_iter().filter(|p| p["error"].as_str().unwrap().contains(&killed)));
+        }
+        assert_eq!(found.len(), 1, "the item is named, once: {found:?}");
+        assert_eq!(found[0]["source"], format!("/proc/{} image", dead.pid()));
+        assert_rest_complete(&base, |p| p["what"] == "image");
+    }
+}
+
+#[test]
+fn a_full_disk() {
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    let load = Load::of_program(&programs::lab().unwrap(), 600).unwrap();
+    let mut failed = 0;
+    // From too small for the first event to too small for the last ones.
+    for kib in [8, 32, 64, 96, 128, 192, 256, 320] {
+        let base = folder.path().join(kib.to_string());
+        std::fs::create_dir(&base).unwrap();
+        let mounted = Mounted::tmpfs(&base, kib);
+        let output = capture(&base);
+        let code = output.status.code().unwrap();
+        assert!(matches!(code, 1 | 2 | 5), "{output:?}");
+        if code == 2 {
+            continue;
+        }
+        let (verdict, _, report) = store::verify(&base, &[]).unwrap();
+        match (code, verdict.as_str()) {
+            (1, "incomplete") => {
+                assert!(String::from_utf8_lossy(&output.stderr).contains("No space left on device"), "{output:?}");
+            }
+            (5, "self-consistent") => {
+                let is_failed = |kind: &str| store::outcome(&base, kind).unwrap()["status"] == "failed";
+                let kind = KINDS.iter().find(|kind| is_failed(kind)).expect("an outcome is failed");
+                let reason = store::outcome(&base, kind).unwrap()["reason"].as_str().unwrap().to_owned();
+                assert!(reason.contains("No space left on device"), "{reason}");
+                failed += 1;
+            }
+            other => panic!("{other:?}: {report}"),
+        }
+        drop(mounted);
+    }
+    drop(load);
+    assert!(failed > 0, "no size was small enough for a segment and large enough for the events");
+}
+
+/// A file system of a given size, unmounted when dropped.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn tmpfs(at: &Path, kib: u32) -> Self {
+        let size = format!("size={kib}k");
+        let status = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "small"]).arg(at).status().unwrap();
+        assert!(status.success());
+        Mounted(at.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_read_only_store_is_one_clear_line() {
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    let mounted = Mounted::tmpfs(folder.path(), 64);
+    let status = Command::new("mount").args(["-o", "remount,ro"]).arg(folder.path()).status().unwrap();
+    assert!(status.success());
+    for path in [folder.path().to_owned(), folder.path().join("new")] {
+        let output = capture(&path);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains("Read-only file system") && error.trim_end().lines().count() == 1, "{error}");
+    }
+    drop(mounted);
+}
+
+/// SIGTERM while a worker hangs: what there is is signed, and the rest is said to be skipped.
+#[test]
+fn asked_to_stop_it_signs_what_it_has() {
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("evidence");
+    let _dead = DeadMount::with_process_in_it().unwrap();
+    let mut child = Command::new(programs::agent().unwrap())
+        .args(["capture", "--store"])
+        .arg(&base)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    // SAFETY: kill(2) takes no pointer; the process is a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(i32::try_from(child.id()).unwrap(), libc::SIGTERM) }, 0);
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+    assert_eq!(store::verify(&base, &[]).unwrap().0, "self-consistent");
+    assert_eq!(store::outcome(&base, "process-details").unwrap()["status"], "partial");
+    let last = store::outcome(&base, "sessions").unwrap();
+    assert_eq!(last["status"], "skipped");
+    assert!(last["reason"].as_str().unwrap().contains("stopped"), "{last}");
+}
