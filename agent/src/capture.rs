@@ -21,7 +21,10 @@ use std::{
 };
 use stillframe_evidence::{
     Error,
-    chain::{self, AgentIdentity, Chain, ChainWriter, Closing, Event, Footprint, Opening, Order, Outcome, Status, What},
+    chain::{
+        self, AgentIdentity, Chain, ChainWriter, Closing, Event, Footprint, Opening, Order, Outcome, Status,
+        What,
+    },
     layout::{Artifact, CaptureId, Key, Kind},
     manifest::{Manifest, sums},
     root::Hash,
@@ -91,7 +94,10 @@ pub fn run(
             acknowledged: Vec::new(),
             waiting: VecDeque::new(),
             current: None,
-            footprint: Footprint { pids: vec![std::process::id()], ..Footprint::default() },
+            footprint: Footprint {
+                pids: vec![std::process::id()],
+                ..Footprint::default()
+            },
             tell: &mut tell,
         };
         session.open(request)?;
@@ -105,7 +111,10 @@ fn new_key() -> Result<CaptureKey, Failure> {
     let result = getrandom::fill(&mut seed);
     let key = CaptureKey::from_seed(&seed);
     seed.fill(0);
-    result.map(|()| key).map_err(|e| Failure::System { what: "no random key for this capture", why: e.to_string() })
+    result.map(|()| key).map_err(|e| Failure::System {
+        what: "no random key for this capture",
+        why: e.to_string(),
+    })
 }
 
 /// Puts segments beside the collecting, so that neither waits for the other.
@@ -116,21 +125,33 @@ struct Putter {
 }
 
 impl Putter {
-    fn start<'scope, 'env>(scope: &'scope Scope<'scope, 'env>, store: &'env dyn Store) -> Result<Self, Failure> {
+    fn start<'scope, 'env>(
+        scope: &'scope Scope<'scope, 'env>,
+        store: &'env dyn Store,
+    ) -> Result<Self, Failure> {
         let (give, jobs) = sync_channel::<Packed>(1);
         let (done, taken) = sync_channel(64);
         std::thread::Builder::new()
             .name("store".to_owned())
             .spawn_scoped(scope, move || {
                 for Packed { bytes, mut entry } in jobs {
-                    let result = store.put(&entry.key(), &bytes).map(|receipt| entry.receipt = receipt);
+                    let result = store
+                        .put(&entry.key(), &bytes)
+                        .map(|receipt| entry.receipt = receipt);
                     if done.send((entry, result)).is_err() {
                         return;
                     }
                 }
             })
-            .map_err(|e| Failure::System { what: "no thread for the store", why: e.to_string() })?;
-        Ok(Putter { give, taken, in_flight: 0 })
+            .map_err(|e| Failure::System {
+                what: "no thread for the store",
+                why: e.to_string(),
+            })?;
+        Ok(Putter {
+            give,
+            taken,
+            in_flight: 0,
+        })
     }
 }
 
@@ -190,14 +211,21 @@ impl Session<'_> {
         self.footprint.sent = self.footprint.sent.saturating_add(bytes.len() as u64);
         match self.store.put(key, bytes) {
             Ok(_) => Ok(()),
-            Err(source) => Err(Failure::Store { key: key.to_string(), source }),
+            Err(source) => Err(Failure::Store {
+                key: key.to_string(),
+                source,
+            }),
         }
     }
 
     fn steps(&mut self, request: &Request, cancel: &Cancel) -> Result<(), Failure> {
         let tasks: Vec<Task> = (0u64..)
             .zip(request.profile.collectors())
-            .map(|(step, c)| Task { step, kind: c.kind.to_owned(), deadline: c.deadline })
+            .map(|(step, c)| Task {
+                step,
+                kind: c.kind.to_owned(),
+                deadline: c.deadline,
+            })
             .collect();
         let cost = supervise(&request.root, request.cpus, &tasks, cancel, |event| match event {
             Step::Begin(task) => self.begin(task),
@@ -219,8 +247,11 @@ impl Session<'_> {
 
     fn begin(&mut self, task: &Task) -> Result<(), Failure> {
         let kind: Kind = task.kind.parse()?;
-        let packer = RecordPacker::new(Artifact::Volatile(kind.clone()), LEVEL)
-            .map_err(|e| Failure::System { what: "no compressor", why: e.to_string() })?;
+        let packer =
+            RecordPacker::new(Artifact::Volatile(kind.clone()), LEVEL).map_err(|e| Failure::System {
+                what: "no compressor",
+                why: e.to_string(),
+            })?;
         let now = Timestamp::now();
         let outcome = Outcome {
             step: task.step,
@@ -234,14 +265,20 @@ impl Session<'_> {
             started: now,
             ended: now,
         };
-        self.current = Some(Current { packer, outcome, failed: None });
+        self.current = Some(Current {
+            packer,
+            outcome,
+            failed: None,
+        });
         Ok(())
     }
 
     fn record(&mut self, line: &[u8]) -> Result<(), Failure> {
         self.settle(false);
         self.report()?;
-        let Some(current) = &mut self.current else { return Ok(()) };
+        let Some(current) = &mut self.current else {
+            return Ok(());
+        };
         if current.failed.is_some() {
             return Ok(());
         }
@@ -266,7 +303,9 @@ impl Session<'_> {
     }
 
     fn end(&mut self, end: crate::worker::End) -> Result<(), Failure> {
-        let Some(mut current) = self.current.take() else { return Ok(()) };
+        let Some(mut current) = self.current.take() else {
+            return Ok(());
+        };
         self.footprint.buffers = vec![current.packer.buffer()];
         if current.failed.is_none() {
             match current.packer.flush() {
@@ -295,7 +334,11 @@ impl Session<'_> {
     fn settle(&mut self, wait: bool) {
         let mut wait = wait;
         loop {
-            let answer = if wait { self.put.taken.recv().ok() } else { self.put.taken.try_recv().ok() };
+            let answer = if wait {
+                self.put.taken.recv().ok()
+            } else {
+                self.put.taken.try_recv().ok()
+            };
             wait = false;
             let Some((entry, result)) = answer else { return };
             self.put.in_flight -= 1;
@@ -314,7 +357,11 @@ impl Session<'_> {
     fn outcome_of(&mut self, entry: &SegmentEntry) -> Option<&mut Outcome> {
         let Artifact::Volatile(kind) = &entry.artifact;
         let current = self.current.as_mut().map(|c| &mut c.outcome);
-        self.waiting.iter_mut().map(|(outcome, _)| outcome).chain(current).find(|o| o.kind == *kind)
+        self.waiting
+            .iter_mut()
+            .map(|(outcome, _)| outcome)
+            .chain(current)
+            .find(|o| o.kind == *kind)
     }
 
     fn lost(&mut self, entry: &SegmentEntry) -> bool {
@@ -322,7 +369,11 @@ impl Session<'_> {
     }
 
     fn fail(&mut self, entry: &SegmentEntry, error: &io::Error) {
-        let why = format!("segment {} was not stored: {}", entry.number, crate::collect::describe(error));
+        let why = format!(
+            "segment {} was not stored: {}",
+            entry.number,
+            crate::collect::describe(error)
+        );
         if let Some(current) = &mut self.current
             && Artifact::Volatile(current.outcome.kind.clone()) == entry.artifact
         {
@@ -351,12 +402,17 @@ impl Session<'_> {
         let footprint = self.footprint.clone();
         self.event(What::Closed(Closing { stopped, footprint }))?;
         let Some(chain) = self.chain.take() else {
-            return Err(Failure::Format(Error::Chain("the chain was never opened".to_owned())));
+            return Err(Failure::Format(Error::Chain(
+                "the chain was never opened".to_owned(),
+            )));
         };
         self.object(&Key::Sums, sums(&chain).as_bytes())?;
         let manifest = self.writer.seal(&Manifest::of(&chain)?.payload()?);
         self.object(&Key::Manifest, &manifest)?;
-        let end = |source| Failure::Store { key: "its end".to_owned(), source };
+        let end = |source| Failure::Store {
+            key: "its end".to_owned(),
+            source,
+        };
         self.store.finish().map_err(end)?;
         Ok(chain)
     }
@@ -364,7 +420,10 @@ impl Session<'_> {
 
 /// How a collector stands in the plan.
 pub fn step(collector: &crate::collect::Collector) -> Result<chain::Step, Error> {
-    Ok(chain::Step { kind: collector.kind.parse()?, deadline_s: collector.deadline.as_secs() })
+    Ok(chain::Step {
+        kind: collector.kind.parse()?,
+        deadline_s: collector.deadline.as_secs(),
+    })
 }
 
 fn identity() -> AgentIdentity {
@@ -373,9 +432,13 @@ fn identity() -> AgentIdentity {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
         pid: std::process::id(),
-        path: std::env::current_exe().map(|p| Text::from(p.as_os_str().as_encoded_bytes())).unwrap_or_default(),
-        sha256: program.and_then(std::fs::File::open).and_then(|file| hash(file)).ok(),
-        argv: std::env::args_os().map(|a| Text::from(a.as_encoded_bytes())).collect(),
+        path: std::env::current_exe()
+            .map(|p| Text::from(p.as_os_str().as_encoded_bytes()))
+            .unwrap_or_default(),
+        sha256: program.and_then(std::fs::File::open).and_then(hash).ok(),
+        argv: std::env::args_os()
+            .map(|a| Text::from(a.as_encoded_bytes()))
+            .collect(),
     }
 }
 

@@ -28,7 +28,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Capture this host
-    Capture(CaptureArgs),
+    Capture(Box<CaptureArgs>),
     /// List what can be collected here
     Kinds {
         /// How to print
@@ -99,12 +99,15 @@ fn cpus() -> u8 {
 /// Exit codes: 0 done and complete, 1 no manifest, 2 wrong use, 5 done and partly complete.
 pub fn run() -> ExitCode {
     match Cli::parse().verb {
-        Verb::Capture(args) => run_capture(args),
+        Verb::Capture(args) => run_capture(*args),
         Verb::Kinds { output } => {
             for c in COLLECTORS {
-                line(&mut std::io::stdout(), output, &serde_json::json!({"kind": c.kind, "about": c.about}), || {
-                    format!("{:<16} {}", c.kind, c.about)
-                });
+                line(
+                    &mut std::io::stdout(),
+                    output,
+                    &serde_json::json!({"kind": c.kind, "about": c.about}),
+                    || format!("{:<16} {}", c.kind, c.about),
+                );
             }
             ExitCode::SUCCESS
         }
@@ -136,9 +139,15 @@ fn line<T: serde::Serialize>(out: &mut dyn Write, output: Output, value: &T, tex
 fn run_capture(args: CaptureArgs) -> ExitCode {
     if args.plan {
         for c in args.profile.collectors() {
-            let value = serde_json::json!({"kind": c.kind, "about": c.about, "deadline_s": c.deadline.as_secs()});
+            let value =
+                serde_json::json!({"kind": c.kind, "about": c.about, "deadline_s": c.deadline.as_secs()});
             line(&mut std::io::stdout(), args.output, &value, || {
-                format!("{:<16} at most {:>3} s   {}", c.kind, c.deadline.as_secs(), c.about)
+                format!(
+                    "{:<16} at most {:>3} s   {}",
+                    c.kind,
+                    c.deadline.as_secs(),
+                    c.about
+                )
             });
         }
         return ExitCode::SUCCESS;
@@ -147,7 +156,10 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
     let store = match stillframe_store::open(&args.store, id) {
         Ok(store) => store,
         Err(why) => {
-            eprintln!("stillframe-agent: {}", stillframe_evidence::text::printable(why.as_bytes()));
+            eprintln!(
+                "stillframe-agent: {}",
+                stillframe_evidence::text::printable(why.as_bytes())
+            );
             return ExitCode::from(2);
         }
     };
@@ -164,20 +176,28 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
         root: args.root,
         cpus: args.cpus.unwrap_or_else(cpus),
     };
-    let mut out: Box<dyn Write> =
-        if args.store == "-" { Box::new(std::io::stderr()) } else { Box::new(std::io::stdout()) };
+    let mut out: Box<dyn Write> = if args.store == "-" {
+        Box::new(std::io::stderr())
+    } else {
+        Box::new(std::io::stdout())
+    };
     let cancel = Cancel::on_signals();
     let result = capture::run(&request, store.as_ref(), &cancel, |event: &Event| {
         line(&mut out, args.output, event, || describe(event));
     });
     match result {
-        Ok(chain) if chain.closing().is_some_and(|c| c.stopped.is_none()) && chain.outcomes().all(|o| o.status.is_good()) => {
+        Ok(chain)
+            if chain.closing().is_some_and(|c| c.stopped.is_none())
+                && chain.outcomes().all(|o| o.status.is_good()) =>
+        {
             ExitCode::SUCCESS
         }
         Ok(_) => ExitCode::from(5),
         Err(failure) => {
             let why = stillframe_evidence::text::printable(failure.to_string().as_bytes());
-            eprintln!("stillframe-agent: capture {id} has no manifest: {why}; `stillframe salvage` reads what was stored");
+            eprintln!(
+                "stillframe-agent: capture {id} has no manifest: {why}; `stillframe salvage` reads what was stored"
+            );
             ExitCode::FAILURE
         }
     }

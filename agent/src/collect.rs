@@ -4,17 +4,17 @@
 use crate::worker::{Job, Message, Resume};
 use jiff::Timestamp;
 use serde::Serialize;
-use stillframe_evidence::{
-    chain::{Problem, Status},
-    records::{Data, FieldError, Record},
-    text::{Text, write_json},
-};
 use std::{
     collections::BTreeMap,
     io::{self, Write},
     path::{Path, PathBuf},
     sync::Mutex,
     time::{Duration, Instant},
+};
+use stillframe_evidence::{
+    chain::{Problem, Status},
+    records::{Data, FieldError, Record},
+    text::{Text, write_json},
 };
 
 /// A kind of volatile data and how it is read on this platform.
@@ -94,7 +94,10 @@ impl<'a> Collection<'a> {
 
     /// Runs `work` in every lane at once and returns what each gives, with what each remembered. `work` is told its lane and
     /// how many there are, and does the items whose number, divided by that, leaves its lane.
-    pub fn in_lanes<R: Send>(&mut self, work: impl Fn(&mut Collection, u64, u64) -> R + Sync) -> Vec<(R, Memory)> {
+    pub fn in_lanes<R: Send>(
+        &mut self,
+        work: impl Fn(&mut Collection, u64, u64) -> R + Sync,
+    ) -> Vec<(R, Memory)> {
         self.flush();
         let (job, pipe, resume, lanes) = (self.job, self.pipe, self.resume, self.job.lanes.max(1));
         let run = |lane: u8| {
@@ -107,7 +110,9 @@ impl<'a> Collection<'a> {
             let others: Vec<_> = (1..lanes).map(|lane| scope.spawn(move || run(lane))).collect();
             let first = run(0);
             // A lane that panics takes the worker with it: the parent knows what to do.
-            let rest = others.into_iter().map(|lane| lane.join().unwrap_or_else(|_| std::process::abort()));
+            let rest = others
+                .into_iter()
+                .map(|lane| lane.join().unwrap_or_else(|_| std::process::abort()));
             std::iter::once(first).chain(rest).collect()
         })
     }
@@ -122,7 +127,10 @@ impl<'a> Collection<'a> {
             return false;
         }
         self.item = key;
-        self.send(&Message::Item { key, name: Text(name.as_ref().to_vec()) });
+        self.send(&Message::Item {
+            key,
+            name: Text(name.as_ref().to_vec()),
+        });
         true
     }
 
@@ -134,11 +142,16 @@ impl<'a> Collection<'a> {
     /// Says that `field` of this item is read next and that reading it may hang. An error when a worker has been lost
     /// there before. `mount` is where the file lies, when that is known.
     pub fn touching(&mut self, field: &'static str, mount: Option<u64>) -> Result<(), Avoided> {
-        let lost = self.resume().is_some_and(|r| r.key == self.item && r.avoid.iter().any(|f| f == field));
+        let lost = self
+            .resume()
+            .is_some_and(|r| r.key == self.item && r.avoid.iter().any(|f| f == field));
         if lost || mount.is_some_and(|m| self.job.avoid_mounts.contains(&m)) {
             return Err(Avoided);
         }
-        self.send(&Message::Touching { field: field.to_owned(), mount });
+        self.send(&Message::Touching {
+            field: field.to_owned(),
+            mount,
+        });
         self.flush();
         Ok(())
     }
@@ -153,7 +166,13 @@ impl<'a> Collection<'a> {
     }
 
     /// A record. What it could not read counts against the outcome, unless it had simply gone.
-    pub fn record(&mut self, source: impl AsRef<[u8]>, read_at: Timestamp, data: Data, errors: Vec<FieldError>) {
+    pub fn record(
+        &mut self,
+        source: impl AsRef<[u8]>,
+        read_at: Timestamp,
+        data: Data,
+        errors: Vec<FieldError>,
+    ) {
         for error in errors.iter().filter(|e| !is_gone(e.errno)) {
             self.send(&Message::Problem(Problem {
                 what: error.field.clone(),
@@ -163,7 +182,12 @@ impl<'a> Collection<'a> {
                 count: 1,
             }));
         }
-        let record = Record { source: Text(source.as_ref().to_vec()), read_at, errors, data };
+        let record = Record {
+            source: Text(source.as_ref().to_vec()),
+            read_at,
+            errors,
+            data,
+        };
         let mut line = std::mem::take(&mut self.line);
         match write_json(&record, &mut line) {
             Ok(()) => self.gather(b'R', &line),
@@ -224,10 +248,14 @@ impl<'a> Collection<'a> {
 
     /// Whole messages at a time: lanes share the pipe.
     fn flush(&mut self) {
-        let written = self.pipe.lock().map_err(|_| io::ErrorKind::BrokenPipe.into()).and_then(|mut pipe| {
-            pipe.write_all(&self.gathered)?;
-            pipe.flush()
-        });
+        let written = self
+            .pipe
+            .lock()
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
+            .and_then(|mut pipe| {
+                pipe.write_all(&self.gathered)?;
+                pipe.flush()
+            });
         if written.is_err() {
             // A worker without a parent has nothing left to do.
             std::process::exit(0);
@@ -263,7 +291,10 @@ pub struct Errors {
 impl Errors {
     /// For places in `folder`.
     pub fn below(folder: &Path) -> Self {
-        Errors { folder: folder.as_os_str().as_encoded_bytes().to_vec(), list: Vec::new() }
+        Errors {
+            folder: folder.as_os_str().as_encoded_bytes().to_vec(),
+            list: Vec::new(),
+        }
     }
 
     /// The value, or nothing and an entry.
@@ -272,7 +303,11 @@ impl Errors {
             Ok(value) => Some(value),
             Err(error) => {
                 let place = place.as_ref();
-                let apart: &[u8] = if self.folder.is_empty() || place.is_empty() { b"" } else { b"/" };
+                let apart: &[u8] = if self.folder.is_empty() || place.is_empty() {
+                    b""
+                } else {
+                    b"/"
+                };
                 self.list.push(FieldError {
                     field: field.to_owned(),
                     source: Text([&self.folder, apart, place].concat()),
@@ -285,7 +320,12 @@ impl Errors {
     }
 
     /// The same, where absence is an answer: ENOENT gives nothing and no entry.
-    pub fn keep_present<T>(&mut self, field: &str, place: impl AsRef<[u8]>, result: io::Result<T>) -> Option<T> {
+    pub fn keep_present<T>(
+        &mut self,
+        field: &str,
+        place: impl AsRef<[u8]>,
+        result: io::Result<T>,
+    ) -> Option<T> {
         match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             result => self.keep(field, place, result),
@@ -314,7 +354,10 @@ pub struct Usage {
 pub fn work(input: impl io::Read, output: Box<dyn Write + Send>) -> io::Result<()> {
     let job: Job = serde_json::from_reader(input).map_err(io::Error::other)?;
     let pipe: Pipe = Mutex::new(output);
-    let mut memory = Memory { seen: job.seen.iter().copied().collect(), ..Memory::default() };
+    let mut memory = Memory {
+        seen: job.seen.iter().copied().collect(),
+        ..Memory::default()
+    };
     let mut resume = job.resume.as_slice();
     for (index, kind) in &job.steps {
         let mut collection = Collection::new(&job, &pipe, 0, resume, memory);
@@ -328,7 +371,11 @@ pub fn work(input: impl io::Read, output: Box<dyn Write + Send>) -> io::Result<(
             Ok(()) => (Status::Complete, None),
             Err(Unsupported(why)) => (Status::Unsupported, Some(why)),
         };
-        collection.send(&Message::End { step: *index, status, reason });
+        collection.send(&Message::End {
+            step: *index,
+            status,
+            reason,
+        });
         collection.flush();
         memory = collection.memory;
         resume = &[];

@@ -16,13 +16,18 @@ pub fn instance(firmware_id: Option<Text>) -> Option<Instance> {
         return None;
     }
     let endpoint = endpoint.unwrap_or_else(|| LINK_LOCAL.to_owned());
-    let mut instance = Instance { firmware_id, ..Instance::default() };
+    let mut instance = Instance {
+        firmware_id,
+        ..Instance::default()
+    };
     match ask(endpoint.trim_end_matches('/')) {
         Ok((document, rsa2048)) => {
             instance.document = Some(document);
             instance.rsa2048 = Some(rsa2048);
         }
-        Err(error) => instance.error = Some(stillframe_evidence::text::printable(error.to_string().as_bytes())),
+        Err(error) => {
+            instance.error = Some(stillframe_evidence::text::printable(error.to_string().as_bytes()))
+        }
     }
     Some(instance)
 }
@@ -48,7 +53,9 @@ fn ask(endpoint: &str) -> Result<(Text, Text), ureq::Error> {
             .get(format!("{endpoint}/latest/dynamic/instance-identity/{path}"))
             .header("X-aws-ec2-metadata-token", &token)
             .call()?;
-        Ok(Text(answer.body_mut().with_config().limit(MAX_ANSWER).read_to_vec()?))
+        Ok(Text(
+            answer.body_mut().with_config().limit(MAX_ANSWER).read_to_vec()?,
+        ))
     };
     Ok((get("document")?, get("rsa2048")?))
 }

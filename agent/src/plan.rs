@@ -17,7 +17,16 @@ pub const PROFILES: &[Profile] = &[Profile {
     name: "triage",
     about: "everything volatile but memory: a second or two, a few megabytes",
     // The first look, by procfs and netlink alone; then what touches pages of processes and files.
-    kinds: &["host", "processes", "sockets", "routes", "modules", "mounts", "process-details", "sessions"],
+    kinds: &[
+        "host",
+        "processes",
+        "sockets",
+        "routes",
+        "modules",
+        "mounts",
+        "process-details",
+        "sessions",
+    ],
 }];
 
 impl Profile {
@@ -28,7 +37,9 @@ impl Profile {
 
     /// Its steps on this platform, in order; the kinds that this platform cannot collect are left out.
     pub fn collectors(self) -> impl Iterator<Item = &'static Collector> {
-        self.kinds.iter().filter_map(|kind| COLLECTORS.iter().find(|c| c.kind == *kind))
+        self.kinds
+            .iter()
+            .filter_map(|kind| COLLECTORS.iter().find(|c| c.kind == *kind))
     }
 }
 
@@ -39,7 +50,11 @@ mod tests {
     #[test]
     fn every_collector_has_its_place_and_every_name_is_a_kind() {
         for collector in COLLECTORS {
-            assert!(PROFILES.iter().any(|p| p.kinds.contains(&collector.kind)), "{}", collector.kind);
+            assert!(
+                PROFILES.iter().any(|p| p.kinds.contains(&collector.kind)),
+                "{}",
+                collector.kind
+            );
         }
         for kind in PROFILES.iter().flat_map(|p| p.kinds) {
             assert!(kind.parse::<stillframe_evidence::layout::Kind>().is_ok());

@@ -13,11 +13,6 @@
 
 use crate::{cancel::Cancel, collect::Usage};
 use serde::{Deserialize, Serialize};
-use stillframe_evidence::{
-    chain::{Problem, Status},
-    frames::MAX_FRAME,
-    text::Text,
-};
 use std::{
     collections::{BTreeSet, VecDeque},
     io::{self, Read, Write},
@@ -25,6 +20,11 @@ use std::{
     process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     time::{Duration, Instant},
+};
+use stillframe_evidence::{
+    chain::{Problem, Status},
+    frames::MAX_FRAME,
+    text::Text,
 };
 
 /// A worker that says nothing for this long is taken to hang.
@@ -121,7 +121,12 @@ pub fn write_frame(pipe: &mut impl Write, tag: u8, lane: u8, body: &[u8]) -> io:
 impl Message {
     /// Writes it to the pipe, without flushing.
     pub fn write(&self, pipe: &mut impl Write, lane: u8) -> io::Result<()> {
-        write_frame(pipe, b'M', lane, &serde_json::to_vec(self).map_err(io::Error::other)?)
+        write_frame(
+            pipe,
+            b'M',
+            lane,
+            &serde_json::to_vec(self).map_err(io::Error::other)?,
+        )
     }
 }
 
@@ -217,9 +222,15 @@ impl Worker {
         crate::sys::widen_pipe(&output);
         // Few: a batch may hold megabytes, and the store may be slower than the worker.
         let (tell, heard) = sync_channel(4);
-        let reader = std::thread::Builder::new().name("pipe".to_owned()).stack_size(128 << 10);
+        let reader = std::thread::Builder::new()
+            .name("pipe".to_owned())
+            .stack_size(128 << 10);
         reader.spawn(move || read_pipe(output, &tell))?;
-        Ok(Worker { child, heard, pending: VecDeque::new() })
+        Ok(Worker {
+            child,
+            heard,
+            pending: VecDeque::new(),
+        })
     }
 
     /// The next thing heard within `patience`.
@@ -229,7 +240,10 @@ impl Worker {
             if let Some(heard) = self.pending.pop_front() {
                 return Ok(Ok(heard));
             }
-            match self.heard.recv_timeout(until.saturating_duration_since(Instant::now()))? {
+            match self
+                .heard
+                .recv_timeout(until.saturating_duration_since(Instant::now()))?
+            {
                 Ok(batch) => self.pending.extend(batch),
                 Err(error) => return Ok(Err(error)),
             }
@@ -312,12 +326,17 @@ struct Progress {
     lost: u32,
 }
 
+/// A field that is about to be read, and the mount that it lies on.
+type Field = (String, Option<u64>);
+/// An item, and the field of it that was being read.
+type At = (Text, Option<Field>);
+
 /// What one thread of a worker is at.
 #[derive(Default)]
 struct Lane {
     item: Option<(u64, Text)>,
     records_of_item: u64,
-    field: Option<(String, Option<u64>)>,
+    field: Option<Field>,
     /// Times that a worker was lost at the first item of `resume`.
     losses: u32,
     resume: Resume,
@@ -325,18 +344,24 @@ struct Lane {
 
 impl Lane {
     /// Decides where this lane of the next worker starts; says what this one was at, if it was at anything.
-    fn lost(&mut self, hung: bool) -> Option<(Text, Option<(String, Option<u64>)>)> {
+    fn lost(&mut self, hung: bool) -> Option<At> {
         let field = self.field.take();
         let (key, name) = self.item.take()?;
         if self.records_of_item > 0 {
             // Its first records are here, and would be here twice; what more it had to give is lost.
             self.losses = 0;
-            self.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() };
+            self.resume = Resume {
+                key: key.saturating_add(1),
+                avoid: Vec::new(),
+            };
             return Some((name, field));
         }
         if key != self.resume.key {
             self.losses = 0;
-            self.resume = Resume { key, avoid: Vec::new() };
+            self.resume = Resume {
+                key,
+                avoid: Vec::new(),
+            };
         }
         self.losses += 1;
         match &field {
@@ -345,7 +370,10 @@ impl Lane {
             Some((field, _)) if !self.resume.avoid.contains(field) => self.resume.avoid.push(field.clone()),
             _ => {
                 self.losses = 0;
-                self.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() };
+                self.resume = Resume {
+                    key: key.saturating_add(1),
+                    avoid: Vec::new(),
+                };
             }
         }
         Some((name, field))
@@ -365,7 +393,8 @@ impl Progress {
     }
 
     fn problem(&mut self, problem: Problem) {
-        let alike = |p: &&mut Problem| p.what == problem.what && p.errno == problem.errno && p.error == problem.error;
+        let alike =
+            |p: &&mut Problem| p.what == problem.what && p.errno == problem.errno && p.error == problem.error;
         if let Some(known) = self.problems.iter_mut().find(alike) {
             known.count = known.count.saturating_add(problem.count);
         } else if self.problems.len() < MAX_PROBLEMS {
@@ -381,7 +410,7 @@ impl Progress {
     /// Takes note of a lost worker.
     fn lost(&mut self, fate: &str, avoid_mounts: &mut BTreeSet<u64>, hung: bool) {
         self.lost += 1;
-        let mut at: Vec<(Text, Option<(String, Option<u64>)>)> = Vec::new();
+        let mut at: Vec<At> = Vec::new();
         for lane in &mut self.lanes {
             at.extend(lane.lost(hung));
         }
@@ -410,7 +439,12 @@ impl Progress {
             Status::Complete if !self.problems.is_empty() => Status::Partial,
             status => status,
         };
-        End { status, reason, problems: self.problems, notes: self.notes }
+        End {
+            status,
+            reason,
+            problems: self.problems,
+            notes: self.notes,
+        }
     }
 }
 
@@ -441,7 +475,11 @@ pub fn supervise<E>(
         each(Event::Begin(task))?;
         let end = loop {
             if let Some(why) = cancel.requested() {
-                let status = if progress.begun { Status::Partial } else { Status::Skipped };
+                let status = if progress.begun {
+                    Status::Partial
+                } else {
+                    Status::Skipped
+                };
                 worker = None;
                 break progress.end(status, Some(format!("stopped: {why}")));
             }
@@ -462,7 +500,10 @@ pub fn supervise<E>(
                         continue;
                     }
                     Err(error) => {
-                        break progress.end(Status::Failed, Some(format!("no worker could be started: {error}")));
+                        break progress.end(
+                            Status::Failed,
+                            Some(format!("no worker could be started: {error}")),
+                        );
                     }
                 }
             };
@@ -494,7 +535,11 @@ pub fn supervise<E>(
     }
     // The last worker's own account of itself, if it gives one soon.
     if let Some(mut last) = worker {
-        if let Ok(Ok(Heard { what: What::Message(Message::Bye(usage)), .. })) = last.hear(Duration::from_millis(200)) {
+        if let Ok(Ok(Heard {
+            what: What::Message(Message::Bye(usage)),
+            ..
+        })) = last.hear(Duration::from_millis(200))
+        {
             add(&mut cost.usage, usage);
         }
         last.fate();
@@ -523,25 +568,45 @@ fn turn<E>(
 ) -> Result<Turn, E> {
     let patience = SILENCE.min(task.deadline.saturating_sub(progress.started.elapsed()));
     let (lane, message) = match worker.hear(patience) {
-        Ok(Ok(Heard { lane, what: What::Record(line) })) => {
+        Ok(Ok(Heard {
+            lane,
+            what: What::Record(line),
+        })) => {
             if let Some(lane) = progress.lanes.get_mut(usize::from(lane)) {
                 lane.records_of_item += 1;
             }
             each(Event::Record(line))?;
             return Ok(Turn::Go);
         }
-        Ok(Ok(Heard { lane, what: What::Message(message) })) => (lane, message),
+        Ok(Ok(Heard {
+            lane,
+            what: What::Message(message),
+        })) => (lane, message),
         Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            return Ok(Turn::Lost { fate: worker.fate(), hung: false });
+            return Ok(Turn::Lost {
+                fate: worker.fate(),
+                hung: false,
+            });
         }
         Ok(Err(error)) => {
-            let fate = format!("was ended by the agent: {}", stillframe_evidence::text::printable(error.to_string().as_bytes()));
+            let fate = format!(
+                "was ended by the agent: {}",
+                stillframe_evidence::text::printable(error.to_string().as_bytes())
+            );
             return Ok(Turn::Lost { fate, hung: false });
         }
-        Err(RecvTimeoutError::Disconnected) => return Ok(Turn::Lost { fate: worker.fate(), hung: false }),
+        Err(RecvTimeoutError::Disconnected) => {
+            return Ok(Turn::Lost {
+                fate: worker.fate(),
+                hung: false,
+            });
+        }
         Err(RecvTimeoutError::Timeout) if patience < SILENCE => return Ok(Turn::Go),
         Err(RecvTimeoutError::Timeout) => {
-            return Ok(Turn::Lost { fate: format!("said nothing for {} s", SILENCE.as_secs()), hung: true });
+            return Ok(Turn::Lost {
+                fate: format!("said nothing for {} s", SILENCE.as_secs()),
+                hung: true,
+            });
         }
     };
     match message {
@@ -563,7 +628,10 @@ fn turn<E>(
             if let Some(lane) = progress.lanes.get_mut(usize::from(lane))
                 && let Some((key, _)) = lane.item.take()
             {
-                lane.resume = Resume { key: key.saturating_add(1), avoid: Vec::new() };
+                lane.resume = Resume {
+                    key: key.saturating_add(1),
+                    avoid: Vec::new(),
+                };
             }
         }
         Message::Problem(problem) => progress.problem(problem),
@@ -594,7 +662,13 @@ mod tests {
     use super::*;
 
     fn problem(what: &str, error: &str) -> Problem {
-        Problem { what: what.into(), source: Text::from("/x"), errno: None, error: error.into(), count: 1 }
+        Problem {
+            what: what.into(),
+            source: Text::from("/x"),
+            errno: None,
+            error: error.into(),
+            count: 1,
+        }
     }
 
     #[test]
@@ -622,18 +696,40 @@ mod tests {
         at(&mut progress.lanes[1], 7, Some(("image", 42)));
         progress.lanes[0].resume.key = 7;
         progress.lost("said nothing for 2 s", &mut mounts, true);
-        assert_eq!((progress.lanes[1].resume.key, &progress.lanes[1].resume.avoid[..]), (7, &["image".to_owned()][..]));
-        assert_eq!(progress.lanes[0].resume.key, 7, "a lane between two items goes on where it was");
-        assert_eq!((progress.problems.len(), progress.problems[0].source.to_string().as_str()), (1, "/proc/7 image"));
+        assert_eq!(
+            (progress.lanes[1].resume.key, &progress.lanes[1].resume.avoid[..]),
+            (7, &["image".to_owned()][..])
+        );
+        assert_eq!(
+            progress.lanes[0].resume.key, 7,
+            "a lane between two items goes on where it was"
+        );
+        assert_eq!(
+            (
+                progress.problems.len(),
+                progress.problems[0].source.to_string().as_str()
+            ),
+            (1, "/proc/7 image")
+        );
         assert!(mounts.contains(&42));
         at(&mut progress.lanes[1], 9, None);
         progress.lanes[1].records_of_item = 1;
         progress.lost("was killed by signal 9", &mut mounts, false);
-        assert_eq!(progress.lanes[1].resume.key, 10, "records that are here are not collected twice");
-        assert_eq!(progress.problems.len(), 2, "and the rest of that item is named as lost");
+        assert_eq!(
+            progress.lanes[1].resume.key, 10,
+            "records that are here are not collected twice"
+        );
+        assert_eq!(
+            progress.problems.len(),
+            2,
+            "and the rest of that item is named as lost"
+        );
         at(&mut progress.lanes[1], 11, None);
         progress.lost("said nothing for 2 s", &mut mounts, true);
-        assert_eq!(progress.lanes[1].resume.key, 12, "an item that hangs without a field to leave out is passed over");
+        assert_eq!(
+            progress.lanes[1].resume.key, 12,
+            "an item that hangs without a field to leave out is passed over"
+        );
     }
 
     #[test]
@@ -650,7 +746,12 @@ mod tests {
 
     #[test]
     fn a_worker_that_speaks_nonsense_is_not_believed() {
-        for bytes in [&b"M\0\xff\xff\xff\xff"[..], b"R\0\x03\0\0\0a\nb", b"X\0\0\0\0\0", b"M\0\x02\0\0\0{}"] {
+        for bytes in [
+            &b"M\0\xff\xff\xff\xff"[..],
+            b"R\0\x03\0\0\0a\nb",
+            b"X\0\0\0\0\0",
+            b"M\0\x02\0\0\0{}",
+        ] {
             assert!(hear(&mut &bytes[..]).is_err());
         }
     }

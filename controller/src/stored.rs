@@ -76,13 +76,18 @@ impl Store {
     /// Opens a directory store.
     pub fn open(path: &Path) -> Result<Self> {
         if let Some((scheme, _)) = path.to_str().and_then(|p| p.split_once("://")) {
-            bail!("--store {}: stores of scheme {scheme} are not supported; use a directory", path.display());
+            bail!(
+                "--store {}: stores of scheme {scheme} are not supported; use a directory",
+                path.display()
+            );
         }
         let metadata = fs::metadata(path).with_context(|| format!("--store {}", path.display()))?;
         if !metadata.is_dir() {
             bail!("--store {}: not a directory", path.display());
         }
-        Ok(Store { base: path.to_owned() })
+        Ok(Store {
+            base: path.to_owned(),
+        })
     }
 
     /// Every capture, in the order of their ids, which is that of their beginning.
@@ -90,11 +95,18 @@ impl Store {
         let mut found = Vec::new();
         let evidence = self.base.join("evidence");
         for writer in folders(&evidence)? {
-            let Ok(writer) = writer.parse::<Writer>() else { continue };
+            let Ok(writer) = writer.parse::<Writer>() else {
+                continue;
+            };
             for id in folders(&evidence.join(writer.as_str()))? {
                 let Ok(id) = id.parse::<CaptureId>() else { continue };
                 let folder = self.base.join(evidence_prefix(&writer, id));
-                found.push(Stored { id, writer: writer.clone(), base: self.base.clone(), folder });
+                found.push(Stored {
+                    id,
+                    writer: writer.clone(),
+                    base: self.base.clone(),
+                    folder,
+                });
             }
         }
         found.sort_by_key(|s| s.id);
@@ -105,14 +117,24 @@ impl Store {
     pub fn find(&self, name: &str) -> Result<Stored> {
         let mut captures = self.captures()?;
         if name == "latest" {
-            return captures.pop().ok_or_else(|| anyhow!("no capture in {}", self.base.display()));
+            return captures
+                .pop()
+                .ok_or_else(|| anyhow!("no capture in {}", self.base.display()));
         }
-        let mut matching: Vec<Stored> =
-            captures.into_iter().filter(|s| !name.is_empty() && s.id.to_string().starts_with(name)).collect();
+        let mut matching: Vec<Stored> = captures
+            .into_iter()
+            .filter(|s| !name.is_empty() && s.id.to_string().starts_with(name))
+            .collect();
         match (matching.pop(), matching.len()) {
             (Some(one), 0) => Ok(one),
-            (Some(_), more) => bail!("{name} is the beginning of {} captures; give more of it", more + 1),
-            (None, _) => bail!("no capture {name} in {}; `stillframe list` shows those there are", self.base.display()),
+            (Some(_), more) => bail!(
+                "{name} is the beginning of {} captures; give more of it",
+                more + 1
+            ),
+            (None, _) => bail!(
+                "no capture {name} in {}; `stillframe list` shows those there are",
+                self.base.display()
+            ),
         }
     }
 }
@@ -123,7 +145,11 @@ fn folders(path: &Path) -> Result<Vec<String>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).with_context(|| path.display().to_string()),
     };
-    let name = |e: fs::DirEntry| e.file_type().is_ok_and(|t| t.is_dir()).then(|| e.file_name().into_string().ok())?;
+    let name = |e: fs::DirEntry| {
+        e.file_type()
+            .is_ok_and(|t| t.is_dir())
+            .then(|| e.file_name().into_string().ok())?
+    };
     Ok(entries.flatten().filter_map(name).collect())
 }
 
@@ -202,7 +228,9 @@ impl Stored {
     pub fn chain(&self) -> Result<(Chain, Option<String>)> {
         let mut chain: Option<Chain> = None;
         for (_, key) in self.events().map_err(|e| anyhow!(e))? {
-            let object = self.get(&key.to_string(), MAX_EVENT).map_err(|e| anyhow!("{key}: {e}"))?;
+            let object = self
+                .get(&key.to_string(), MAX_EVENT)
+                .map_err(|e| anyhow!("{key}: {e}"))?;
             let result = match &mut chain {
                 Some(chain) => chain.push(&object),
                 None => Chain::open(self.id, &object).map(|opened| chain = Some(opened)),
@@ -212,7 +240,9 @@ impl Stored {
                 return Ok((chain.ok_or_else(|| anyhow!(why.clone()))?, Some(why)));
             }
         }
-        chain.map(|chain| (chain, None)).ok_or_else(|| anyhow!("capture {} has no event yet", self.id))
+        chain
+            .map(|chain| (chain, None))
+            .ok_or_else(|| anyhow!("capture {} has no event yet", self.id))
     }
 
     /// What the first event says.
@@ -251,7 +281,9 @@ impl Stored {
                 if Hash::of(&bytes) != entry.sha256 {
                     return Err("its content is not what its name promises".to_owned());
                 }
-                let plain = Segment::open(&bytes).and_then(|segment| segment.plaintext()).map_err(|e| e.to_string())?;
+                let plain = Segment::open(&bytes)
+                    .and_then(|segment| segment.plaintext())
+                    .map_err(|e| e.to_string())?;
                 String::from_utf8(plain).map_err(|e| e.to_string())
             });
             match text {

@@ -54,7 +54,11 @@ impl Ui {
 
     /// Prints an error.
     pub fn error(&self, error: &anyhow::Error) {
-        let _ = writeln!(anstream::stderr(), "stillframe: {}", printable(format!("{error:#}").as_bytes()));
+        let _ = writeln!(
+            anstream::stderr(),
+            "stillframe: {}",
+            printable(format!("{error:#}").as_bytes())
+        );
     }
 
     /// Prints a warning that does not end anything.
@@ -65,7 +69,11 @@ impl Ui {
     /// What is being done, on a terminal; nothing elsewhere.
     pub fn activity(&self) -> Activity {
         let shown = self.output == Output::Text && std::io::stdout().is_terminal();
-        let bar = if shown { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+        let bar = if shown {
+            ProgressBar::new_spinner()
+        } else {
+            ProgressBar::hidden()
+        };
         if let Ok(style) = ProgressStyle::with_template("  {msg:<16} {spinner} {elapsed}") {
             bar.set_style(style);
         }

@@ -27,7 +27,11 @@ fn main() -> Result<()> {
         let (mut lsof, mut triage, mut look, mut peak) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for turn in 0..=TURNS {
             let began = Instant::now();
-            let status = Command::new("lsof").arg("-nP").stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+            let status = Command::new("lsof")
+                .arg("-nP")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()?;
             anyhow::ensure!(status.success(), "lsof failed");
             let lsof_took = began.elapsed();
             // The first turn warms both up, and is the one in which memory is watched, which takes time from the agent.
@@ -45,13 +49,27 @@ fn main() -> Result<()> {
         let of = |a: Duration| a.as_secs_f64() / lsof.as_secs_f64();
         println!("N = {n}");
         println!("  lsof -nP     {:6.0} ms", lsof.as_secs_f64() * 1e3);
-        println!("  triage       {:6.0} ms   {:.2} of lsof", triage.as_secs_f64() * 1e3, of(triage));
-        println!("  first look   {:6.0} ms   {:.2} of lsof", look.as_secs_f64() * 1e3, of(look));
-        println!("  peak memory  {:6.1} MiB, all processes of the agent together", peak as f64 / 1024.0);
+        println!(
+            "  triage       {:6.0} ms   {:.2} of lsof",
+            triage.as_secs_f64() * 1e3,
+            of(triage)
+        );
+        println!(
+            "  first look   {:6.0} ms   {:.2} of lsof",
+            look.as_secs_f64() * 1e3,
+            of(look)
+        );
+        println!(
+            "  peak memory  {:6.1} MiB, all processes of the agent together",
+            peak as f64 / 1024.0
+        );
         triages.push(triage);
     }
     if let [small, large] = triages[..] {
-        println!("N = 4000 takes {:.2} times N = 1000", large.as_secs_f64() / small.as_secs_f64());
+        println!(
+            "N = 4000 takes {:.2} times N = 1000",
+            large.as_secs_f64() / small.as_secs_f64()
+        );
     }
     Ok(())
 }
@@ -74,8 +92,13 @@ fn capture(agent: &Path, watch: bool) -> Result<One> {
         .spawn()?;
     let mut peaks: std::collections::BTreeMap<u32, u64> = Default::default();
     while watch && child.try_wait()?.is_none() {
-        let workers = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap_or_default();
-        for pid in workers.split_whitespace().filter_map(|p| p.parse().ok()).chain([child.id()]) {
+        let workers =
+            std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap_or_default();
+        for pid in workers
+            .split_whitespace()
+            .filter_map(|p| p.parse().ok())
+            .chain([child.id()])
+        {
             if let Some(kib) = high_water(pid) {
                 peaks.insert(pid, kib);
             }
@@ -86,12 +109,18 @@ fn capture(agent: &Path, watch: bool) -> Result<One> {
     let wall = began.elapsed();
     let (_, code, report) = store::verify(store.path(), &[])?;
     anyhow::ensure!(code == 0, "the capture does not verify: {report}");
-    Ok(One { wall, first_look: first_look(store.path())?, peak: peaks.values().sum() })
+    Ok(One {
+        wall,
+        first_look: first_look(store.path())?,
+        peak: peaks.values().sum(),
+    })
 }
 
 fn high_water(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok())
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok())
 }
 
 /// From the opening of the chain until the event of the last kind of the first look was in the store.
@@ -101,7 +130,9 @@ fn first_look(base: &Path) -> Result<Duration> {
             let event: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
             let event = &event["signed"];
             if event["event"]["step"]["kind"] == FIRST_LOOK {
-                return Ok(Duration::from_micros(event["elapsed_us"].as_u64().context("no time")?));
+                return Ok(Duration::from_micros(
+                    event["elapsed_us"].as_u64().context("no time")?,
+                ));
             }
         }
     }
@@ -115,8 +146,18 @@ fn median(mut times: Vec<Duration>) -> Duration {
 
 fn machine() -> String {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let value = |name: &str| cpuinfo.lines().find(|l| l.starts_with(name)).and_then(|l| l.split(": ").nth(1)).unwrap_or("?");
+    let value = |name: &str| {
+        cpuinfo
+            .lines()
+            .find(|l| l.starts_with(name))
+            .and_then(|l| l.split(": ").nth(1))
+            .unwrap_or("?")
+    };
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let sha = if value("flags").contains("sha_ni") { "with" } else { "without" };
+    let sha = if value("flags").contains("sha_ni") {
+        "with"
+    } else {
+        "without"
+    };
     format!("{} cores, {}, {sha} SHA instructions", cores, value("model name"))
 }

@@ -1,4 +1,14 @@
 //! The main job on this machine: `capture --local`, and what the other verbs make of it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    clippy::cast_possible_wrap,
+    missing_docs,
+    reason = "a test ends where it fails"
+)]
 
 use serde_json::{Value, json};
 use std::{
@@ -22,7 +32,17 @@ fn text(path: &Path) -> &str {
 
 fn capture(base: &Path) -> Output {
     let agent = programs::agent().unwrap();
-    stillframe(&["capture", "--local", "--store", text(base), "--case", "e2e", "--agent", text(&agent)]).unwrap()
+    stillframe(&[
+        "capture",
+        "--local",
+        "--store",
+        text(base),
+        "--case",
+        "e2e",
+        "--agent",
+        text(&agent),
+    ])
+    .unwrap()
 }
 
 /// Done, and partly done where this machine hides something from whoever runs the test.
@@ -40,7 +60,7 @@ impl Drop for Running {
     }
 }
 
-fn find<'a>(records: &'a [Value], pid: u32) -> &'a Value {
+fn find(records: &[Value], pid: u32) -> &Value {
     records.iter().find(|r| r["pid"] == pid).unwrap()
 }
 
@@ -53,22 +73,42 @@ fn a_newcomer_holds_a_capture_of_this_machine() {
     let output = capture(&base);
     assert_done(&output);
     let said = String::from_utf8(output.stdout).unwrap();
-    for expected in ["capture ", "processes        ", "self-consistent", "stillframe show"] {
+    for expected in [
+        "capture ",
+        "processes        ",
+        "self-consistent",
+        "stillframe show",
+    ] {
         assert!(said.contains(expected), "{expected} in {said}");
     }
     assert!(!base.join(".partial").exists());
 
     let listed = stillframe(&["list", "--store", text(&base), "--output", "json"]).unwrap();
     let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
-    assert_eq!((&listed[0]["case"], &listed[0]["state"], listed.as_array().unwrap().len()), (&json!("e2e"), &json!("complete"), 1));
+    assert_eq!(
+        (
+            &listed[0]["case"],
+            &listed[0]["state"],
+            listed.as_array().unwrap().len()
+        ),
+        (&json!("e2e"), &json!("complete"), 1)
+    );
     let id = listed[0]["id"].as_str().unwrap();
     // A unique beginning is enough.
-    assert!(stillframe(&["verify", &id[..13], "--store", text(&base)]).unwrap().status.success());
+    assert!(
+        stillframe(&["verify", &id[..13], "--store", text(&base)])
+            .unwrap()
+            .status
+            .success()
+    );
 
     let own = std::process::id();
     let processes = store::records(&base, "processes").unwrap();
     let process = find(&processes, own);
-    assert_eq!(process["comm"].as_str().unwrap(), fs::read_to_string("/proc/self/comm").unwrap().trim_end());
+    assert_eq!(
+        process["comm"].as_str().unwrap(),
+        fs::read_to_string("/proc/self/comm").unwrap().trim_end()
+    );
     assert_eq!(process["exe"], text(&std::env::current_exe().unwrap()));
     assert_eq!(process["exe_deleted"], false);
     let arguments: Vec<String> = std::env::args().collect();
@@ -80,14 +120,32 @@ fn a_newcomer_holds_a_capture_of_this_machine() {
     let detail = find(&details, own);
     assert_eq!(detail["identity"], "same");
     let program = fs::read(std::env::current_exe().unwrap()).unwrap();
-    assert_eq!(detail["image"]["sha256"], stillframe_evidence::root::Hash::of(&program).to_string());
-    assert!(detail["environ"].as_array().unwrap().iter().any(|e| e.as_str().is_some_and(|e| e.starts_with("PATH="))));
-    assert!(detail["maps"].as_array().unwrap().iter().any(|m| m["path"] == "[stack]"));
+    assert_eq!(
+        detail["image"]["sha256"],
+        stillframe_evidence::root::Hash::of(&program).to_string()
+    );
+    assert!(
+        detail["environ"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|e| e.as_str().is_some_and(|e| e.starts_with("PATH=")))
+    );
+    assert!(
+        detail["maps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|m| m["path"] == "[stack]")
+    );
 
     let sockets = store::records(&base, "sockets").unwrap();
     let port = listener.local_addr().unwrap().port();
     let at = |state: &str, end: &str| {
-        sockets.iter().find(|s| s["protocol"] == "tcp" && s["state"] == state && s[end]["port"] == port).unwrap()
+        sockets
+            .iter()
+            .find(|s| s["protocol"] == "tcp" && s["state"] == state && s[end]["port"] == port)
+            .unwrap()
     };
     assert_eq!(at("LISTEN", "local")["owners"][0]["pid"], own);
     assert_eq!(at("ESTABLISHED", "remote")["owners"][0]["pid"], own);
@@ -97,7 +155,10 @@ fn a_newcomer_holds_a_capture_of_this_machine() {
     assert_eq!((verdict.as_str(), code), ("self-consistent", 0));
     let key = report["key"].as_str().unwrap().to_owned();
     assert!(said.contains(&key), "the key is printed when the capture begins");
-    assert_eq!(store::verify(&base, &["--expect-key", &key]).unwrap().0, "verified");
+    assert_eq!(
+        store::verify(&base, &["--expect-key", &key]).unwrap().0,
+        "verified"
+    );
     let other = format!("{}{}", if key.starts_with('a') { "b" } else { "a" }, &key[1..]);
     if let Ok((verdict, code, _)) = store::verify(&base, &["--expect-key", &other]) {
         assert_eq!((verdict.as_str(), code), ("tampered", 1));
@@ -109,10 +170,21 @@ fn coreutils_alone_can_check_it() {
     let folder = tempfile::tempdir().unwrap();
     assert_done(&capture(folder.path()));
     let inside = store::folder(folder.path()).unwrap();
-    let checked = Command::new("sha256sum").args(["--strict", "-c", "SHA256SUMS"]).current_dir(&inside).output().unwrap();
+    let checked = Command::new("sha256sum")
+        .args(["--strict", "-c", "SHA256SUMS"])
+        .current_dir(&inside)
+        .output()
+        .unwrap();
     assert!(checked.status.success(), "{checked:?}");
-    let listed = fs::read_to_string(inside.join("SHA256SUMS")).unwrap().lines().count();
-    assert_eq!(listed + 2, store::objects(&inside).unwrap().len(), "everything but itself and the manifest");
+    let listed = fs::read_to_string(inside.join("SHA256SUMS"))
+        .unwrap()
+        .lines()
+        .count();
+    assert_eq!(
+        listed + 2,
+        store::objects(&inside).unwrap().len(),
+        "everything but itself and the manifest"
+    );
 }
 
 #[test]
@@ -134,7 +206,9 @@ fn hostile_names_are_kept_exactly_and_never_reach_a_terminal() {
             .unwrap(),
     );
     // A program whose file name is hostile as well, gone by the time of the capture.
-    let path = folder.path().join(OsString::from_vec(b"evil\n\x1b[31m\xff".to_vec()));
+    let path = folder
+        .path()
+        .join(OsString::from_vec(b"evil\n\x1b[31m\xff".to_vec()));
     fs::copy("/bin/sleep", &path).unwrap();
     let gone = Running(Command::new(&path).arg("1000").spawn().unwrap());
     fs::remove_file(&path).unwrap();
@@ -143,16 +217,27 @@ fn hostile_names_are_kept_exactly_and_never_reach_a_terminal() {
     let base = folder.path().join("evidence");
     assert_done(&capture(&base));
     let processes = store::records(&base, "processes").unwrap();
-    let raw = |value: &Value| -> Vec<u8> { serde_json::from_value::<stillframe_evidence::text::Text>(value.clone()).unwrap().0 };
+    let raw = |value: &Value| -> Vec<u8> {
+        serde_json::from_value::<stillframe_evidence::text::Text>(value.clone())
+            .unwrap()
+            .0
+    };
     assert_eq!(raw(&find(&processes, child.0.id())["cmdline"][0]), hostile);
     let exe = find(&processes, gone.0.id());
     assert_eq!(raw(&exe["exe"]), path.clone().into_os_string().into_vec());
     assert_eq!(exe["exe_deleted"], true);
     let words = find(&processes, shell.0.id())["cmdline"].as_array().unwrap();
-    assert_eq!(words.iter().map(|w| w.as_str().unwrap().len() + 1).sum::<usize>(), "sh\0-c\0read nothing; :\0".len() + (128 << 10));
+    assert_eq!(
+        words.iter().map(|w| w.as_str().unwrap().len() + 1).sum::<usize>(),
+        "sh\0-c\0read nothing; :\0".len() + (128 << 10)
+    );
     let details = store::records(&base, "process-details").unwrap();
     let environ = find(&details, child.0.id())["environ"].as_array().unwrap();
-    assert!(environ.iter().any(|e| e.as_str().is_some_and(|e| e.len() == "LONG=".len() + (100 << 10))));
+    assert!(
+        environ
+            .iter()
+            .any(|e| e.as_str().is_some_and(|e| e.len() == "LONG=".len() + (100 << 10)))
+    );
 
     for arguments in [
         &["show", "latest"][..],
@@ -163,15 +248,24 @@ fn hostile_names_are_kept_exactly_and_never_reach_a_terminal() {
     ] {
         let output = stillframe(&[arguments, &["--store", text(&base)]].concat()).unwrap();
         let said = String::from_utf8(output.stdout).expect("UTF-8");
-        let raw = said.chars().find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}');
+        let raw = said
+            .chars()
+            .find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}');
         assert_eq!(raw, None, "{arguments:?}");
     }
     // As it lies in the store, too: zstdcat on a terminal is what people do.
     for (name, path) in store::objects(&store::folder(&base).unwrap()).unwrap() {
         if name.starts_with("volatile/processes/") {
             let bytes = fs::read(path).unwrap();
-            let plain = stillframe_evidence::frames::Segment::open(&bytes).unwrap().plaintext().unwrap();
-            assert!(plain.iter().all(|b| *b == b'\n' || (0x20..0x7f).contains(b) || *b >= 0xa0));
+            let plain = stillframe_evidence::frames::Segment::open(&bytes)
+                .unwrap()
+                .plaintext()
+                .unwrap();
+            assert!(
+                plain
+                    .iter()
+                    .all(|b| *b == b'\n' || (0x20..0x7f).contains(b) || *b >= 0xa0)
+            );
         }
     }
 }
@@ -199,7 +293,10 @@ fn a_wrong_store_is_one_clear_line() {
     fs::write(folder.path().join("file"), b"").unwrap();
     let cases = [
         (folder.path().join("file"), "not a directory"),
-        (folder.path().join("no/where"), "its parent directory does not exist"),
+        (
+            folder.path().join("no/where"),
+            "its parent directory does not exist",
+        ),
         // Nobody can make a folder here, root included.
         (Path::new("/sys/evidence").to_owned(), "cannot be made"),
         (Path::new("/sys/kernel").to_owned(), "cannot be written to"),
@@ -208,12 +305,21 @@ fn a_wrong_store_is_one_clear_line() {
         let output = capture(&path);
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{error}");
-        assert!(error.contains(says) && error.trim_end().lines().count() == 1, "{error}");
+        assert!(
+            error.contains(says) && error.trim_end().lines().count() == 1,
+            "{error}"
+        );
     }
     let output = stillframe(&["verify", "latest", "--store", text(&folder.path().join("none"))]).unwrap();
     assert_eq!(output.status.code(), Some(2));
     let output = stillframe(&["verify", "latest", "--store", text(folder.path())]).unwrap();
-    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).contains("no capture")), (Some(2), true));
+    assert_eq!(
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).contains("no capture")
+        ),
+        (Some(2), true)
+    );
 }
 
 #[test]
@@ -221,10 +327,30 @@ fn a_plan_does_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("evidence");
     let agent = programs::agent().unwrap();
-    let output = Command::new(agent).args(["capture", "--plan", "--output", "json", "--store", text(&base)]).output().unwrap();
-    let kinds: Vec<Value> = output.stdout.split(|b| *b == b'\n').filter(|l| !l.is_empty()).map(|l| serde_json::from_slice(l).unwrap()).collect();
+    let output = Command::new(agent)
+        .args(["capture", "--plan", "--output", "json", "--store", text(&base)])
+        .output()
+        .unwrap();
+    let kinds: Vec<Value> = output
+        .stdout
+        .split(|b| *b == b'\n')
+        .filter(|l| !l.is_empty())
+        .map(|l| serde_json::from_slice(l).unwrap())
+        .collect();
     let kinds: Vec<&str> = kinds.iter().map(|k| k["kind"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["host", "processes", "sockets", "routes", "modules", "mounts", "process-details", "sessions"]);
+    assert_eq!(
+        kinds,
+        [
+            "host",
+            "processes",
+            "sockets",
+            "routes",
+            "modules",
+            "mounts",
+            "process-details",
+            "sessions"
+        ]
+    );
     assert!(output.status.success() && !base.exists());
 }
 
@@ -240,8 +366,12 @@ fn without_privilege_it_says_what_it_could_not_read() {
         fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
     }
     let mut command = Command::new(&agent);
-    command.args(["capture", "--store", text(&base)]).current_dir(folder.path());
-    let is_root = fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0).unwrap();
+    command
+        .args(["capture", "--store", text(&base)])
+        .current_dir(folder.path());
+    let is_root = fs::metadata("/proc/self")
+        .map(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
+        .unwrap();
     if is_root {
         command.uid(65534).gid(65534);
     }
@@ -252,13 +382,22 @@ fn without_privilege_it_says_what_it_could_not_read() {
     assert_eq!(outcome["status"], "partial");
     let denied = |what: &str| {
         let problems = outcome["problems"].as_array().unwrap();
-        problems.iter().any(|p| p["what"] == what && p["errno"] == 13 && p["count"].as_u64().unwrap() > 0)
+        problems
+            .iter()
+            .any(|p| p["what"] == what && p["errno"] == 13 && p["count"].as_u64().unwrap() > 0)
     };
     assert!(["fds", "cwd"].into_iter().all(denied), "{outcome}");
     // Process 1 is somebody else's: its record says what of it could not be read, and its sockets are not called ownerless.
     let processes = store::records(&base, "processes").unwrap();
     let first = find(&processes, 1);
-    assert!(first["errors"].as_array().unwrap().iter().any(|e| e["field"] == "fds" && e["errno"] == 13), "{first}");
+    assert!(
+        first["errors"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|e| e["field"] == "fds" && e["errno"] == 13),
+        "{first}"
+    );
     assert!(first["comm"].is_string());
     let sockets = store::records(&base, "sockets").unwrap();
     assert!(sockets.iter().all(|s| s["ownership"] != "ownerless"));
@@ -295,7 +434,11 @@ fn a_stream_is_received_and_a_broken_one_leaves_a_valid_beginning() {
     let plain = folder.path().join("plain");
     fs::create_dir(&plain).unwrap();
     fs::write(folder.path().join("stream.tar"), &stream).unwrap();
-    let tar = Command::new("tar").args(["-xf", "../stream.tar"]).current_dir(&plain).status().unwrap();
+    let tar = Command::new("tar")
+        .args(["-xf", "../stream.tar"])
+        .current_dir(&plain)
+        .status()
+        .unwrap();
     assert!(tar.success());
     assert_eq!(store::verify(&plain, &[]).unwrap().0, "self-consistent");
 
@@ -308,7 +451,10 @@ fn a_stream_is_received_and_a_broken_one_leaves_a_valid_beginning() {
         assert!(matches!(output.status.code(), Some(3 | 5)), "{output:?}");
         let (verdict, _, report) = store::verify(&base, &[]).unwrap();
         // The last tenths may hold only the padding behind the manifest.
-        assert!(matches!(verdict.as_str(), "incomplete" | "self-consistent"), "{report}");
+        assert!(
+            matches!(verdict.as_str(), "incomplete" | "self-consistent"),
+            "{report}"
+        );
         if verdict == "incomplete" {
             let salvaged = stillframe(&["salvage", "latest", "--store", text(&base)]).unwrap();
             assert_eq!(salvaged.status.code(), Some(4), "{salvaged:?}");
@@ -329,9 +475,15 @@ fn a_stream_is_received_and_a_broken_one_leaves_a_valid_beginning() {
     let id = "0197c9e2-0000-7000-8000-000000000000";
     for (i, (path, kind)) in [
         (b"../../outside".to_vec(), tar::EntryType::Regular),
-        (format!("evidence/local/{id}/../../../../outside").into_bytes(), tar::EntryType::Regular),
+        (
+            format!("evidence/local/{id}/../../../../outside").into_bytes(),
+            tar::EntryType::Regular,
+        ),
         (b"/tmp/outside".to_vec(), tar::EntryType::Regular),
-        (format!("evidence/local/{id}/manifest.json").into_bytes(), tar::EntryType::Symlink),
+        (
+            format!("evidence/local/{id}/manifest.json").into_bytes(),
+            tar::EntryType::Symlink,
+        ),
         (b"x".to_vec(), tar::EntryType::GNULongName),
     ]
     .into_iter()
@@ -358,12 +510,15 @@ fn killed_at_any_moment_it_leaves_what_salvage_reads() {
         std::thread::sleep(Duration::from_millis(4 + moment * 5));
         child.kill().unwrap();
         child.wait().unwrap();
-        let Ok((verdict, code, report)) = store::verify(&base, &[]) else { continue };
+        let Ok((verdict, code, report)) = store::verify(&base, &[]) else {
+            continue;
+        };
         match verdict.as_str() {
             "self-consistent" => assert_eq!(code, 0),
             "incomplete" => {
                 assert_eq!(code, 3);
-                let salvaged = stillframe(&["salvage", "latest", "--store", text(&base), "--output", "json"]).unwrap();
+                let salvaged =
+                    stillframe(&["salvage", "latest", "--store", text(&base), "--output", "json"]).unwrap();
                 if report["events"] == 0 {
                     assert_eq!(salvaged.status.code(), Some(2), "{salvaged:?}");
                     continue;
@@ -372,7 +527,8 @@ fn killed_at_any_moment_it_leaves_what_salvage_reads() {
                 assert_eq!(salvaged.status.code(), Some(4), "{salvaged:?}");
                 assert_eq!(store::verify(&base, &[]).unwrap().1, 4);
                 // Every acknowledged segment is there and right, so `cat` gives every record of a step that has an outcome.
-                let shown = stillframe(&["show", "latest", "--store", text(&base), "--output", "json"]).unwrap();
+                let shown =
+                    stillframe(&["show", "latest", "--store", text(&base), "--output", "json"]).unwrap();
                 let view: Value = serde_json::from_slice(&shown.stdout).unwrap();
                 for outcome in view["outcomes"].as_array().unwrap() {
                     let kind = outcome["kind"].as_str().unwrap();

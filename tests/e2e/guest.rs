@@ -52,7 +52,10 @@ fn guest() -> &'static Guest {
             .output()
             .unwrap();
         assert_eq!(received.status.code(), Some(0), "{received:?}\n{}", ran.console);
-        Guest { console: ran.console, base }
+        Guest {
+            console: ran.console,
+            base,
+        }
     })
 }
 
@@ -65,7 +68,11 @@ fn nothing_is_executed_on_the_host() {
     let console = &guest().console;
     // The trap works: without that, no mark would mean nothing.
     for control in ["CONTROL BEFORE ", "CONTROL AFTER "] {
-        let times = console.split(control).nth(1).and_then(|rest| rest.lines().next()).unwrap();
+        let times = console
+            .split(control)
+            .nth(1)
+            .and_then(|rest| rest.lines().next())
+            .unwrap();
         assert_ne!(times.trim(), "0", "{console}");
     }
     assert!(console.contains("NO MARK"), "{console}");
@@ -78,32 +85,59 @@ fn nothing_is_executed_on_the_host() {
 #[test]
 fn the_modules_are_those_of_the_kernel() {
     let console = &guest().console;
-    let listed = console.split("PROC MODULES BEGIN\n").nth(1).unwrap().split("PROC MODULES END").next().unwrap();
+    let listed = console
+        .split("PROC MODULES BEGIN\n")
+        .nth(1)
+        .unwrap()
+        .split("PROC MODULES END")
+        .next()
+        .unwrap();
     let mut expected: Vec<(String, u64)> = listed
         .lines()
         .map(|line| {
             let mut fields = line.split(' ');
-            (fields.next().unwrap().to_owned(), fields.next().unwrap().parse().unwrap())
+            (
+                fields.next().unwrap().to_owned(),
+                fields.next().unwrap().parse().unwrap(),
+            )
         })
         .collect();
     expected.sort();
     let mut found: Vec<(String, u64)> = store::records(base(), "modules")
         .unwrap()
         .iter()
-        .map(|m| (m["name"].as_str().unwrap().to_owned(), m["size"].as_u64().unwrap()))
+        .map(|m| {
+            (
+                m["name"].as_str().unwrap().to_owned(),
+                m["size"].as_u64().unwrap(),
+            )
+        })
         .collect();
     found.sort();
     assert!(expected.iter().any(|(name, _)| name == "dummy"), "{console}");
     assert_eq!(found, expected);
     for module in store::records(base(), "modules").unwrap() {
-        assert_eq!(module["seen_in"], serde_json::json!(["procfs", "sysfs"]), "{module}");
+        assert_eq!(
+            module["seen_in"],
+            serde_json::json!(["procfs", "sysfs"]),
+            "{module}"
+        );
         assert_eq!(module["sysfs"]["initstate"], "live", "{module}");
     }
 }
 
 #[test]
 fn every_kind_is_complete() {
-    for kind in ["host", "processes", "sockets", "routes", "modules", "mounts", "process-details", "sessions"] {
+    for kind in [
+        "host",
+        "processes",
+        "sockets",
+        "routes",
+        "modules",
+        "mounts",
+        "process-details",
+        "sessions",
+    ] {
         let outcome = store::outcome(base(), kind).unwrap();
         assert_eq!(outcome["status"], "complete", "{outcome}");
     }
@@ -111,7 +145,12 @@ fn every_kind_is_complete() {
     assert_eq!(host["modprobe"], "/tmp/trap");
     assert_eq!(host["agent_contained"], false);
     assert_eq!(host["virtualization"]["hypervisor_bit"], true);
-    assert!(host["virtualization"]["dmi"]["sys_vendor"].as_str().is_some_and(|v| v.contains("QEMU")), "{host}");
+    assert!(
+        host["virtualization"]["dmi"]["sys_vendor"]
+            .as_str()
+            .is_some_and(|v| v.contains("QEMU")),
+        "{host}"
+    );
 }
 
 #[test]
@@ -119,24 +158,42 @@ fn a_deleted_program_under_a_false_name_is_seen_for_what_it_is() {
     let processes = store::records(base(), "processes").unwrap();
     let is_it = |p: &&Value| p["cmdline"][0] == "busybox\nlines";
     let process = processes.iter().find(is_it).expect("a process of that name");
-    assert_eq!((&process["exe"], &process["exe_deleted"]), (&"/tmp/vanishing".into(), &true.into()));
+    assert_eq!(
+        (&process["exe"], &process["exe_deleted"]),
+        (&"/tmp/vanishing".into(), &true.into())
+    );
     let details = store::records(base(), "process-details").unwrap();
     let image = &details.iter().find(|d| d["pid"] == process["pid"]).unwrap()["image"];
-    let busybox = std::fs::read("/bin/busybox").or_else(|_| std::fs::read("/usr/bin/busybox")).unwrap();
-    assert_eq!(image["sha256"], stillframe_evidence::root::Hash::of(&busybox).to_string());
+    let busybox = std::fs::read("/bin/busybox")
+        .or_else(|_| std::fs::read("/usr/bin/busybox"))
+        .unwrap();
+    assert_eq!(
+        image["sha256"],
+        stillframe_evidence::root::Hash::of(&busybox).to_string()
+    );
     assert_eq!(image["links"], 0);
 }
 
 #[test]
 fn sockets_of_another_network_namespace_are_there() {
     let sockets = store::records(base(), "sockets").unwrap();
-    let listening = sockets.iter().find(|s| s["local"]["port"] == 4321).expect("a socket at that port");
+    let listening = sockets
+        .iter()
+        .find(|s| s["local"]["port"] == 4321)
+        .expect("a socket at that port");
     let processes = store::records(base(), "processes").unwrap();
     let agents = processes.iter().find(|p| p["pid"] == 1).unwrap()["namespaces"]["net"].clone();
     assert_ne!(listening["netns"], agents);
     assert_eq!(listening["ownership"], "owned", "{listening}");
-    assert!(store::outcome(base(), "sockets").unwrap()["notes"].to_string().contains("3 network namespaces"));
+    assert!(
+        store::outcome(base(), "sockets").unwrap()["notes"]
+            .to_string()
+            .contains("3 network namespaces")
+    );
     let links = store::records(base(), "routes").unwrap();
-    let loopbacks = links.iter().filter(|l| l["record"] == "link" && l["name"] == "lo").count();
+    let loopbacks = links
+        .iter()
+        .filter(|l| l["record"] == "link" && l["name"] == "lo")
+        .count();
     assert_eq!(loopbacks, 3, "one lo in each namespace");
 }

@@ -10,18 +10,34 @@ use std::{
 };
 use stillframe_tests::{dead_mount::DeadMount, load::Load, programs, store};
 
-const KINDS: [&str; 8] = ["host", "processes", "sockets", "routes", "modules", "mounts", "process-details", "sessions"];
+const KINDS: [&str; 8] = [
+    "host",
+    "processes",
+    "sockets",
+    "routes",
+    "modules",
+    "mounts",
+    "process-details",
+    "sessions",
+];
 
 /// What one of these tests does to the machine, every capture of the machine sees: one at a time.
 fn alone_and_root() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    assert!(status.lines().any(|l| l.starts_with("Uid:\t0\t0")), "these tests mount file systems: run them as root");
+    assert!(
+        status.lines().any(|l| l.starts_with("Uid:\t0\t0")),
+        "these tests mount file systems: run them as root"
+    );
     ONE.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn capture(base: &Path) -> Output {
-    Command::new(programs::agent().unwrap()).args(["capture", "--store"]).arg(base).output().unwrap()
+    Command::new(programs::agent().unwrap())
+        .args(["capture", "--store"])
+        .arg(base)
+        .output()
+        .unwrap()
 }
 
 /// Everything else is as complete as on this machine it ever is: no problem but those that `ours` says are of the test's making,
@@ -30,9 +46,15 @@ fn assert_rest_complete(base: &Path, ours: impl Fn(&Value) -> bool) {
     for kind in KINDS {
         let outcome = store::outcome(base, kind).unwrap();
         let status = outcome["status"].as_str().unwrap();
-        assert!(matches!(status, "complete" | "partial" | "unsupported"), "{outcome}");
+        assert!(
+            matches!(status, "complete" | "partial" | "unsupported"),
+            "{outcome}"
+        );
         for problem in outcome["problems"].as_array().into_iter().flatten() {
-            let hidden = problem["errno"] == 13 && problem["source"].as_str().is_some_and(|s| s.starts_with("/proc/1/"));
+            let hidden = problem["errno"] == 13
+                && problem["source"]
+                    .as_str()
+                    .is_some_and(|s| s.starts_with("/proc/1/"));
             assert!(hidden || ours(problem), "{kind}: {problem}");
         }
     }
@@ -49,13 +71,21 @@ fn a_fifo_over_utmp() {
     let script = "mount -t tmpfs run /run && mkfifo /run/fifo && : > /run/utmp && mount --bind /run/fifo /run/utmp && \
                   exec \"$0\" capture --store \"$1\"";
     let began = Instant::now();
-    let output = Command::new("unshare").args(["-m", "sh", "-c", script]).arg(agent).arg(&base).output().unwrap();
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script])
+        .arg(agent)
+        .arg(&base)
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(5), "{output:?}");
     assert!(began.elapsed() < Duration::from_secs(30));
     let outcome = store::outcome(&base, "sessions").unwrap();
     assert_eq!(outcome["status"], "partial");
     let problem = &outcome["problems"][0];
-    assert_eq!((&problem["source"], &problem["error"]), (&"/run/utmp".into(), &"is a FIFO, not a regular file".into()));
+    assert_eq!(
+        (&problem["source"], &problem["error"]),
+        (&"/run/utmp".into(), &"is a FIFO, not a regular file".into())
+    );
     assert_rest_complete(&base, |p| p["what"] == "utmp");
 }
 
@@ -77,17 +107,32 @@ fn a_dead_file_system_as_somebody_s_program_and_working_directory() {
     let details = store::records(&base, "process-details").unwrap();
     let detail = details.iter().find(|p| p["pid"] == dead.pid()).unwrap();
     assert!(detail["image"].is_null());
-    assert!(detail["errors"].as_array().unwrap().iter().any(|e| e["field"] == "image"), "{detail}");
+    assert!(
+        detail["errors"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|e| e["field"] == "image"),
+        "{detail}"
+    );
     assert!(!detail["maps"].as_array().unwrap().is_empty() && !detail["environ"].is_null());
     // Every other process has its details.
     let alive = |p: &&Value| p["identity"] == "same" && p["pid"] != 1 && p["pid"] != dead.pid();
     for other in details.iter().filter(alive) {
-        assert!(other["errors"].is_null() || other["image"]["sha256"].is_string(), "{other}");
+        assert!(
+            other["errors"].is_null() || other["image"]["sha256"].is_string(),
+            "{other}"
+        );
     }
     let outcome = store::outcome(&base, "process-details").unwrap();
     let named = format!("/proc/{} image", dead.pid());
-    let is_named = |p: &Value| p["source"] == named.as_str() && p["error"].as_str().unwrap().contains("said nothing for 2 s");
-    assert!(outcome["problems"].as_array().unwrap().iter().any(is_named), "{outcome}");
+    let is_named = |p: &Value| {
+        p["source"] == named.as_str() && p["error"].as_str().unwrap().contains("said nothing for 2 s")
+    };
+    assert!(
+        outcome["problems"].as_array().unwrap().iter().any(is_named),
+        "{outcome}"
+    );
     assert_rest_complete(&base, |p| p["what"] == "image");
 }
 
@@ -100,8 +145,12 @@ fn a_worker_killed_from_outside() {
     let dead = DeadMount::with_process_in_it().unwrap();
     for (i, signal) in [libc::SIGSEGV, libc::SIGKILL].into_iter().enumerate() {
         let base = folder.path().join(i.to_string());
-        let mut child =
-            Command::new(&agent).args(["capture", "--store"]).arg(&base).stdout(Stdio::null()).spawn().unwrap();
+        let mut child = Command::new(&agent)
+            .args(["capture", "--store"])
+            .arg(&base)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
         let worker = loop {
             let children = format!("/proc/{0}/task/{0}/children", child.id());
             let children = std::fs::read_to_string(children).unwrap_or_default();
@@ -124,7 +173,11 @@ fn a_worker_killed_from_outside() {
         for kind in KINDS {
             let outcome = store::outcome(&base, kind).unwrap();
             let problems = outcome["problems"].as_array().cloned().unwrap_or_default();
-            found.extend(problems.into_iter().filter(|p| p["error"].as_str().unwrap().contains(&killed)));
+            found.extend(
+                problems
+                    .into_iter()
+                    .filter(|p| p["error"].as_str().unwrap().contains(&killed)),
+            );
         }
         assert_eq!(found.len(), 1, "the item is named, once: {found:?}");
         assert_eq!(found[0]["source"], format!("/proc/{} image", dead.pid()));
@@ -152,12 +205,21 @@ fn a_full_disk() {
         let (verdict, _, report) = store::verify(&base, &[]).unwrap();
         match (code, verdict.as_str()) {
             (1, "incomplete") => {
-                assert!(String::from_utf8_lossy(&output.stderr).contains("No space left on device"), "{output:?}");
+                assert!(
+                    String::from_utf8_lossy(&output.stderr).contains("No space left on device"),
+                    "{output:?}"
+                );
             }
             (5, "self-consistent") => {
                 let is_failed = |kind: &str| store::outcome(&base, kind).unwrap()["status"] == "failed";
-                let kind = KINDS.iter().find(|kind| is_failed(kind)).expect("an outcome is failed");
-                let reason = store::outcome(&base, kind).unwrap()["reason"].as_str().unwrap().to_owned();
+                let kind = KINDS
+                    .iter()
+                    .find(|kind| is_failed(kind))
+                    .expect("an outcome is failed");
+                let reason = store::outcome(&base, kind).unwrap()["reason"]
+                    .as_str()
+                    .unwrap()
+                    .to_owned();
                 assert!(reason.contains("No space left on device"), "{reason}");
                 failed += 1;
             }
@@ -166,7 +228,10 @@ fn a_full_disk() {
         drop(mounted);
     }
     drop(load);
-    assert!(failed > 0, "no size was small enough for a segment and large enough for the events");
+    assert!(
+        failed > 0,
+        "no size was small enough for a segment and large enough for the events"
+    );
 }
 
 /// A file system of a given size, unmounted when dropped.
@@ -175,7 +240,11 @@ struct Mounted(std::path::PathBuf);
 impl Mounted {
     fn tmpfs(at: &Path, kib: u32) -> Self {
         let size = format!("size={kib}k");
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "small"]).arg(at).status().unwrap();
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "small"])
+            .arg(at)
+            .status()
+            .unwrap();
         assert!(status.success());
         Mounted(at.to_owned())
     }
@@ -192,13 +261,20 @@ fn a_read_only_store_is_one_clear_line() {
     let _alone = alone_and_root();
     let folder = tempfile::tempdir().unwrap();
     let mounted = Mounted::tmpfs(folder.path(), 64);
-    let status = Command::new("mount").args(["-o", "remount,ro"]).arg(folder.path()).status().unwrap();
+    let status = Command::new("mount")
+        .args(["-o", "remount,ro"])
+        .arg(folder.path())
+        .status()
+        .unwrap();
     assert!(status.success());
     for path in [folder.path().to_owned(), folder.path().join("new")] {
         let output = capture(&path);
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{error}");
-        assert!(error.contains("Read-only file system") && error.trim_end().lines().count() == 1, "{error}");
+        assert!(
+            error.contains("Read-only file system") && error.trim_end().lines().count() == 1,
+            "{error}"
+        );
     }
     drop(mounted);
 }
@@ -218,10 +294,16 @@ fn asked_to_stop_it_signs_what_it_has() {
         .unwrap();
     std::thread::sleep(Duration::from_millis(700));
     // SAFETY: kill(2) takes no pointer; the process is a child that has not been waited for.
-    assert_eq!(unsafe { libc::kill(i32::try_from(child.id()).unwrap(), libc::SIGTERM) }, 0);
+    assert_eq!(
+        unsafe { libc::kill(i32::try_from(child.id()).unwrap(), libc::SIGTERM) },
+        0
+    );
     assert_eq!(child.wait().unwrap().code(), Some(5));
     assert_eq!(store::verify(&base, &[]).unwrap().0, "self-consistent");
-    assert_eq!(store::outcome(&base, "process-details").unwrap()["status"], "partial");
+    assert_eq!(
+        store::outcome(&base, "process-details").unwrap()["status"],
+        "partial"
+    );
     let last = store::outcome(&base, "sessions").unwrap();
     assert_eq!(last["status"], "skipped");
     assert!(last["reason"].as_str().unwrap().contains("stopped"), "{last}");

@@ -1,4 +1,14 @@
 //! Everything that can be done to a capture in a directory, on a real one: the verdict, its exit code, the object named.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    clippy::cast_possible_wrap,
+    missing_docs,
+    reason = "a test ends where it fails"
+)]
 
 use serde_json::Value;
 use std::{
@@ -24,7 +34,11 @@ fn originals() -> &'static (tempfile::TempDir, [PathBuf; 2]) {
         let folder = tempfile::tempdir().unwrap();
         let bases = ["a", "b"].map(|name| folder.path().join(name));
         for base in &bases {
-            let output = Command::new(programs::agent().unwrap()).args(["capture", "--store"]).arg(base).output().unwrap();
+            let output = Command::new(programs::agent().unwrap())
+                .args(["capture", "--store"])
+                .arg(base)
+                .output()
+                .unwrap();
             assert!(matches!(output.status.code(), Some(0 | 5)), "{output:?}");
         }
         (folder, bases)
@@ -34,7 +48,12 @@ fn originals() -> &'static (tempfile::TempDir, [PathBuf; 2]) {
 /// A copy to tamper with: its store, and the folder of its capture.
 fn copy() -> (tempfile::TempDir, PathBuf) {
     let copy = tempfile::tempdir().unwrap();
-    let status = Command::new("cp").arg("-r").arg(originals().1[0].join("evidence")).arg(copy.path()).status().unwrap();
+    let status = Command::new("cp")
+        .arg("-r")
+        .arg(originals().1[0].join("evidence"))
+        .arg(copy.path())
+        .status()
+        .unwrap();
     assert!(status.success());
     let folder = store::folder(copy.path()).unwrap();
     (copy, folder)
@@ -50,8 +69,12 @@ fn assert_verdict(base: &Path, verdict: &str, code: i32) -> Value {
 #[track_caller]
 fn assert_tampered(base: &Path, object: &str) {
     let report = assert_verdict(base, "tampered", 1);
-    let named: BTreeSet<&str> =
-        report["findings"].as_array().unwrap().iter().map(|f| f["object"].as_str().unwrap()).collect();
+    let named: BTreeSet<&str> = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|f| f["object"].as_str().unwrap())
+        .collect();
     assert!(named.contains(object), "{object} is not among {named:?}");
 }
 
@@ -73,14 +96,22 @@ fn every_region_of_every_object() {
         let spread = (0..24).map(|i| i * last / 23);
         // Headers at the front, tables at the back.
         let ends = (0..16).chain(last.saturating_sub(80)..=last);
-        for at in spread.chain(ends).filter(|at| *at <= last).collect::<BTreeSet<_>>() {
+        for at in spread
+            .chain(ends)
+            .filter(|at| *at <= last)
+            .collect::<BTreeSet<_>>()
+        {
             let mut bytes = original.clone();
             bytes[at] ^= 1 << (at % 8);
             fs::write(&path, &bytes).unwrap();
             // The library here, since the program would be started thousands of times; it is the same code.
             let report = stillframe_evidence::verdict::verify(&Files(&folder), id, None, None);
             assert_eq!(report.verdict.to_string(), "tampered", "{name} at {at}");
-            assert!(report.findings.iter().any(|f| f.object == name), "{name} at {at}: {:?}", report.findings);
+            assert!(
+                report.findings.iter().any(|f| f.object == name),
+                "{name} at {at}: {:?}",
+                report.findings
+            );
             tried += 1;
         }
         // And the program itself, once for each object.
@@ -103,7 +134,10 @@ struct Files<'a>(&'a Path);
 impl stillframe_evidence::verdict::Objects for Files<'_> {
     fn list(&self) -> Result<Vec<(String, u64)>, String> {
         let objects = store::objects(self.0).map_err(|e| e.to_string())?;
-        Ok(objects.into_iter().map(|(name, path)| (name, fs::metadata(path).unwrap().len())).collect())
+        Ok(objects
+            .into_iter()
+            .map(|(name, path)| (name, fs::metadata(path).unwrap().len()))
+            .collect())
     }
     fn get(&self, name: &str, _max: u64) -> Result<Vec<u8>, String> {
         fs::read(self.0.join(name)).map_err(|e| e.to_string())
@@ -116,7 +150,11 @@ fn a_deleted_object_is_missed() {
     for (name, path) in store::objects(&folder).unwrap() {
         let original = fs::read(&path).unwrap();
         fs::remove_file(&path).unwrap();
-        let (verdict, code) = if name == "manifest.json" { ("incomplete", 3) } else { ("tampered", 1) };
+        let (verdict, code) = if name == "manifest.json" {
+            ("incomplete", 3)
+        } else {
+            ("tampered", 1)
+        };
         assert_verdict(base.path(), verdict, code);
         fs::write(&path, original).unwrap();
     }
@@ -126,8 +164,12 @@ fn a_deleted_object_is_missed() {
 #[test]
 fn a_deleted_tail_is_incomplete_however_long() {
     let (base, folder) = copy();
-    let mut events: Vec<String> =
-        store::objects(&folder).unwrap().into_iter().map(|(n, _)| n).filter(|n| n.starts_with("progress/")).collect();
+    let mut events: Vec<String> = store::objects(&folder)
+        .unwrap()
+        .into_iter()
+        .map(|(n, _)| n)
+        .filter(|n| n.starts_with("progress/"))
+        .collect();
     fs::remove_file(folder.join("manifest.json")).unwrap();
     assert_verdict(base.path(), "incomplete", 3);
     fs::remove_file(folder.join("SHA256SUMS")).unwrap();
@@ -141,10 +183,18 @@ fn a_deleted_tail_is_incomplete_however_long() {
 #[test]
 fn what_was_added_is_named() {
     let (base, folder) = copy();
-    let segment = store::objects(&folder).unwrap().into_iter().find(|(n, _)| n.starts_with("volatile/host")).unwrap();
+    let segment = store::objects(&folder)
+        .unwrap()
+        .into_iter()
+        .find(|(n, _)| n.starts_with("volatile/host"))
+        .unwrap();
     let second = segment.0.replace("/000001-", "/000002-");
     let other = store::folder(&originals().1[1]).unwrap();
-    let foreign = store::objects(&other).unwrap().into_iter().find(|(n, _)| n.starts_with("volatile/sockets")).unwrap();
+    let foreign = store::objects(&other)
+        .unwrap()
+        .into_iter()
+        .find(|(n, _)| n.starts_with("volatile/sockets"))
+        .unwrap();
     for (name, from) in [
         (second, segment.1.clone()),
         (foreign.0, foreign.1),
@@ -168,7 +218,10 @@ fn what_was_added_is_named() {
 fn reordered_or_swapped_objects_are_named() {
     let (base, folder) = copy();
     let objects = store::objects(&folder).unwrap();
-    let events: Vec<&(String, PathBuf)> = objects.iter().filter(|(n, _)| n.starts_with("progress/")).collect();
+    let events: Vec<&(String, PathBuf)> = objects
+        .iter()
+        .filter(|(n, _)| n.starts_with("progress/"))
+        .collect();
     // Two events change their numbers, hashes and all.
     let renumber = |name: &str, n: usize| format!("progress/{n:06}{}", &name["progress/000000".len()..]);
     let (third, fourth) = (renumber(&events[2].0, 4), renumber(&events[3].0, 3));
@@ -183,7 +236,10 @@ fn reordered_or_swapped_objects_are_named() {
     let other = store::folder(&originals().1[1]).unwrap();
     let like = |name: &str| name.split('-').next().unwrap().to_owned();
     for (name, path) in &objects {
-        let twin = store::objects(&other).unwrap().into_iter().find(|(n, _)| like(n) == like(name));
+        let twin = store::objects(&other)
+            .unwrap()
+            .into_iter()
+            .find(|(n, _)| like(n) == like(name));
         let Some((twin, from)) = twin else { continue };
         let original = fs::read(path).unwrap();
         fs::remove_file(path).unwrap();
@@ -204,13 +260,22 @@ fn reordered_or_swapped_objects_are_named() {
 #[test]
 fn forged_anew() {
     let (base, folder) = copy();
-    let key = store::verify(base.path(), &[]).unwrap().2["key"].as_str().unwrap().to_owned();
+    let key = store::verify(base.path(), &[]).unwrap().2["key"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     forge(&folder);
     let report = assert_verdict(base.path(), "self-consistent", 0);
     assert_ne!(report["key"], key);
     let (verdict, code, report) = store::verify(base.path(), &["--expect-key", &key]).unwrap();
     assert_eq!((verdict.as_str(), code), ("tampered", 1));
-    assert!(report["findings"][0]["why"].as_str().unwrap().contains("not the expected one"), "{report}");
+    assert!(
+        report["findings"][0]["why"]
+            .as_str()
+            .unwrap()
+            .contains("not the expected one"),
+        "{report}"
+    );
 }
 
 fn forge(folder: &Path) {

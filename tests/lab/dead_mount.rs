@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result};
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption,
-    OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
+    MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
 };
 use std::{
     ffi::OsStr,
@@ -51,11 +51,16 @@ impl DeadMount {
     /// stops answering.
     pub fn with_process_in_it() -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let busybox = std::fs::read("/bin/busybox").or_else(|_| std::fs::read("/usr/bin/busybox")).context("busybox")?;
+        let busybox = std::fs::read("/bin/busybox")
+            .or_else(|_| std::fs::read("/usr/bin/busybox"))
+            .context("busybox")?;
         let state = Arc::new(State::default());
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("dead".to_owned()), MountOption::Exec];
-        let server = Server { program: busybox, state: state.clone() };
+        let server = Server {
+            program: busybox,
+            state: state.clone(),
+        };
         let session = fuser::spawn_mount(server, folder.path(), &config).context("mounting FUSE")?;
         let mut process = Command::new(folder.path().join("program"))
             .arg0("busybox")
@@ -66,9 +71,18 @@ impl DeadMount {
             .spawn()
             .context("starting the program in the file system")?;
         // From here on it needs no more of its program than it has.
-        process.stdout.as_mut().context("no output")?.read_exact(&mut [0])?;
+        process
+            .stdout
+            .as_mut()
+            .context("no output")?
+            .read_exact(&mut [0])?;
         state.dead.store(true, Ordering::SeqCst);
-        Ok(DeadMount { folder, process, state, session: Some(session) })
+        Ok(DeadMount {
+            folder,
+            process,
+            state,
+            session: Some(session),
+        })
     }
 
     /// The process that runs from it.

@@ -34,7 +34,11 @@ pub fn run(script: &str, files: &[(&str, &Path)], modules: &[&str]) -> Result<Ra
         .flatten()
         .find(|e| e.file_name().to_string_lossy().starts_with("vmlinuz-"))
         .context("no vmlinuz")?;
-    let release = image.file_name().to_string_lossy().trim_start_matches("vmlinuz-").to_owned();
+    let release = image
+        .file_name()
+        .to_string_lossy()
+        .trim_start_matches("vmlinuz-")
+        .to_owned();
 
     let folder = tempfile::tempdir()?;
     let root = folder.path().join("root");
@@ -47,15 +51,40 @@ pub fn run(script: &str, files: &[(&str, &Path)], modules: &[&str]) -> Result<Ra
     let console = folder.path().join("console");
 
     let mut qemu = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-machine", "q35", "-m", "1024M", "-smp", "2"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none"])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max,la57=off",
+            "-machine",
+            "q35",
+            "-m",
+            "1024M",
+            "-smp",
+            "2",
+        ])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-nic",
+            "none",
+        ])
         .arg("-kernel")
         .arg(image.path())
         .arg("-initrd")
         .arg(&initrd)
         .args(["-append", "console=ttyS0 quiet loglevel=3 panic=-1 nowatchdog"])
         .args(["-serial", &format!("file:{}", console.display())])
-        .args(["-drive", &format!("file={},if=none,id=d0,format=raw,cache=unsafe,aio=threads", disk.display())])
+        .args([
+            "-drive",
+            &format!(
+                "file={},if=none,id=d0,format=raw,cache=unsafe,aio=threads",
+                disk.display()
+            ),
+        ])
         .args(["-device", "virtio-blk-pci,drive=d0", "-device", "virtio-rng-pci"])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
@@ -69,13 +98,23 @@ pub fn run(script: &str, files: &[(&str, &Path)], modules: &[&str]) -> Result<Ra
         if began.elapsed() > PATIENCE {
             let _ = qemu.kill();
             let _ = qemu.wait();
-            bail!("the guest hangs; it said:\n{}", fs::read_to_string(&console).unwrap_or_default());
+            bail!(
+                "the guest hangs; it said:\n{}",
+                fs::read_to_string(&console).unwrap_or_default()
+            );
         }
         std::thread::sleep(Duration::from_millis(50));
     };
     let console = String::from_utf8_lossy(&fs::read(&console)?).replace('\r', "");
-    ensure!(status.success() && console.contains("GUEST ENDED"), "the guest failed ({status}); it said:\n{console}");
-    Ok(Ran { console, disk, _folder: folder })
+    ensure!(
+        status.success() && console.contains("GUEST ENDED"),
+        "the guest failed ({status}); it said:\n{console}"
+    );
+    Ok(Ran {
+        console,
+        disk,
+        _folder: folder,
+    })
 }
 
 fn lay_root(
@@ -86,13 +125,29 @@ fn lay_root(
     files: &[(&str, &Path)],
     modules: &[&str],
 ) -> Result<Vec<String>> {
-    for name in ["bin", "dev", "proc", "sys", "run", "tmp", "etc", "mnt", "lib/modules"] {
+    for name in [
+        "bin",
+        "dev",
+        "proc",
+        "sys",
+        "run",
+        "tmp",
+        "etc",
+        "mnt",
+        "lib/modules",
+    ] {
         fs::create_dir_all(root.join(name))?;
     }
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|p| Path::new(p).is_file()).context("no busybox")?;
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .into_iter()
+        .find(|p| Path::new(p).is_file())
+        .context("no busybox")?;
     fs::copy(busybox, root.join("bin/busybox"))?;
     let applets = Command::new(busybox).arg("--list").output()?;
-    for applet in String::from_utf8(applets.stdout)?.lines().filter(|a| *a != "busybox") {
+    for applet in String::from_utf8(applets.stdout)?
+        .lines()
+        .filter(|a| *a != "busybox")
+    {
         symlink("busybox", root.join("bin").join(applet))?;
     }
     // What the kernel has built in, as a distribution's own root file system says.
@@ -109,12 +164,23 @@ fn lay_root(
             .args(["-S", release, "--show-depends", module])
             .output()
             .context("modprobe")?;
-        ensure!(listed.status.success(), "{module}: {}", String::from_utf8_lossy(&listed.stderr));
+        ensure!(
+            listed.status.success(),
+            "{module}: {}",
+            String::from_utf8_lossy(&listed.stderr)
+        );
         for line in String::from_utf8(listed.stdout)?.lines() {
             // The path may be followed by parameters of the distribution's choice.
-            if let Some(path) = line.strip_prefix("insmod ").and_then(|rest| rest.split(' ').next()) {
+            if let Some(path) = line
+                .strip_prefix("insmod ")
+                .and_then(|rest| rest.split(' ').next())
+            {
                 let path = Path::new(path);
-                let name = path.file_name().context("no name")?.to_string_lossy().into_owned();
+                let name = path
+                    .file_name()
+                    .context("no name")?
+                    .to_string_lossy()
+                    .into_owned();
                 if !order.contains(&name) {
                     fs::copy(path, root.join("lib/modules").join(&name))?;
                     order.push(name);
@@ -127,7 +193,10 @@ fn lay_root(
         fs::set_permissions(root.join(name), fs::Permissions::from_mode(0o755))?;
     }
     fs::write(root.join("script"), script)?;
-    let insmod: String = order.iter().map(|m| format!("insmod /lib/modules/{m}\n")).collect();
+    let insmod: String = order
+        .iter()
+        .map(|m| format!("insmod /lib/modules/{m}\n"))
+        .collect();
     let init = format!(
         "#!/bin/sh\nexport PATH=/bin\nmount -t proc proc /proc\nmount -t sysfs sys /sys\nmount -t devtmpfs dev /dev\n\
          mount -t tmpfs tmp /run\n{insmod}sh /script /dev/vda\necho GUEST ENDED\nsync\npoweroff -f\n"
@@ -140,7 +209,11 @@ fn lay_root(
 fn pack(root: &Path, initrd: &Path) -> Result<()> {
     let pipeline = "find . -print0 | cpio --quiet --null -H newc -o | gzip -1";
     let out = fs::File::create(initrd)?;
-    let status = Command::new("sh").args(["-c", pipeline]).current_dir(root).stdout(out).status()?;
+    let status = Command::new("sh")
+        .args(["-c", pipeline])
+        .current_dir(root)
+        .stdout(out)
+        .status()?;
     ensure!(status.success(), "the initramfs could not be packed");
     Ok(())
 }

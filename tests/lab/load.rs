@@ -40,10 +40,18 @@ impl Load {
                 .context("starting a process of the load")?;
             children.push(child);
         }
-        let mut load = Load { children, _files: files };
+        let mut load = Load {
+            children,
+            _files: files,
+        };
         for child in &mut load.children {
             let mut ready = [0];
-            child.stdout.as_mut().context("no output")?.read_exact(&mut ready).context("a process of the load died")?;
+            child
+                .stdout
+                .as_mut()
+                .context("no output")?
+                .read_exact(&mut ready)
+                .context("a process of the load died")?;
         }
         Ok(load)
     }
@@ -74,9 +82,11 @@ pub fn serve() {
     }
     let number: usize = arguments.next().and_then(|n| n.parse().ok()).unwrap_or(0);
     let folder = arguments.next().unwrap_or_default();
-    let files: Vec<_> = (0..16).map(|i| File::create(format!("{folder}/{number}-{i}"))).collect();
+    let files: Vec<_> = (0..16)
+        .map(|i| File::create(format!("{folder}/{number}-{i}")))
+        .collect();
     let pair = UnixStream::pair();
-    let tcp = (number % 2 == 0).then(|| {
+    let tcp = number.is_multiple_of(2).then(|| {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let client = TcpStream::connect(listener.local_addr()?)?;
         let server = listener.accept()?;

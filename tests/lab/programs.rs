@@ -10,7 +10,10 @@ use std::{
 
 /// The workspace.
 pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/")).to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("/"))
+        .to_owned()
 }
 
 /// Where cargo puts what it builds.
@@ -29,7 +32,11 @@ fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Re
         return Ok(path.clone());
     }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace()).args(["build", "--quiet", "--locked", "-p", package, "--bin", binary]).arg("--target-dir").arg(target());
+    cargo
+        .current_dir(workspace())
+        .args(["build", "--quiet", "--locked", "-p", package, "--bin", binary])
+        .arg("--target-dir")
+        .arg(target());
     let mut folder = target();
     if let Some(triple) = triple {
         cargo.args(["--target", triple]);
@@ -48,15 +55,26 @@ fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Re
     if !status.success() {
         bail!("cargo could not build {binary}");
     }
-    let suffix = if triple.is_some_and(|t| t.contains("windows")) { ".exe" } else { "" };
-    let path = folder.join(if release { "release" } else { "debug" }).join(format!("{binary}{suffix}"));
+    let suffix = if triple.is_some_and(|t| t.contains("windows")) {
+        ".exe"
+    } else {
+        ""
+    };
+    let path = folder
+        .join(if release { "release" } else { "debug" })
+        .join(format!("{binary}{suffix}"));
     built.insert(key, path.clone());
     Ok(path)
 }
 
 /// The agent for this machine.
 pub fn agent() -> Result<PathBuf> {
-    build("stillframe-agent", "stillframe-agent", None, !cfg!(debug_assertions))
+    build(
+        "stillframe-agent",
+        "stillframe-agent",
+        None,
+        !cfg!(debug_assertions),
+    )
 }
 
 /// The controller for this machine.
@@ -71,12 +89,22 @@ pub fn lab() -> Result<PathBuf> {
 
 /// The agent as it is released for Linux: static.
 pub fn static_agent() -> Result<PathBuf> {
-    build("stillframe-agent", "stillframe-agent", Some("x86_64-unknown-linux-musl"), true)
+    build(
+        "stillframe-agent",
+        "stillframe-agent",
+        Some("x86_64-unknown-linux-musl"),
+        true,
+    )
 }
 
 /// The agent for Windows.
 pub fn windows_agent() -> Result<PathBuf> {
-    build("stillframe-agent", "stillframe-agent", Some("x86_64-pc-windows-gnu"), true)
+    build(
+        "stillframe-agent",
+        "stillframe-agent",
+        Some("x86_64-pc-windows-gnu"),
+        true,
+    )
 }
 
 /// True when a program can be found on the path.
@@ -88,5 +116,9 @@ pub fn is_installed(program: &str) -> bool {
 /// For tests that need packages: fails, with what to do, when one is missing. Nothing is skipped in silence.
 pub fn require(programs: &[&str]) -> Result<()> {
     let missing: Vec<&str> = programs.iter().copied().filter(|p| !is_installed(p)).collect();
-    if missing.is_empty() { Ok(()) } else { bail!("not installed: {}; `tests/run` installs them", missing.join(", ")) }
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        bail!("not installed: {}; `tests/run` installs them", missing.join(", "))
+    }
 }

@@ -10,7 +10,10 @@ use std::{
 
 /// Runs the controller.
 pub fn stillframe(arguments: &[&str]) -> Result<Output> {
-    Command::new(programs::controller()?).args(arguments).output().context("running stillframe")
+    Command::new(programs::controller()?)
+        .args(arguments)
+        .output()
+        .context("running stillframe")
 }
 
 /// The verdict of `verify` and its exit code; `more` are further arguments.
@@ -30,7 +33,12 @@ pub fn records(store: &Path, kind: &str) -> Result<Vec<Value>> {
     if !output.status.success() {
         bail!("cat {kind}: {}", String::from_utf8_lossy(&output.stderr));
     }
-    output.stdout.split(|b| *b == b'\n').filter(|l| !l.is_empty()).map(|l| Ok(serde_json::from_slice(l)?)).collect()
+    output
+        .stdout
+        .split(|b| *b == b'\n')
+        .filter(|l| !l.is_empty())
+        .map(|l| Ok(serde_json::from_slice(l)?))
+        .collect()
 }
 
 /// The outcome of one kind in the latest capture.
@@ -39,7 +47,11 @@ pub fn outcome(store: &Path, kind: &str) -> Result<Value> {
     let output = stillframe(&["show", "latest", "--store", path, "--output", "json"])?;
     let view: Value = serde_json::from_slice(&output.stdout)?;
     let outcomes = view["outcomes"].as_array().context("no outcomes")?;
-    outcomes.iter().find(|o| o["kind"] == kind).cloned().with_context(|| format!("no outcome of {kind}"))
+    outcomes
+        .iter()
+        .find(|o| o["kind"] == kind)
+        .cloned()
+        .with_context(|| format!("no outcome of {kind}"))
 }
 
 /// The folder of the only capture in a store.

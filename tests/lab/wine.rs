@@ -40,7 +40,10 @@ impl Wine {
         ensure!(status.success(), "the library that Wine lacks could not be built");
         let copy = folder.path().join(program.file_name().context("no file name")?);
         fs::copy(program, &copy)?;
-        Ok(Wine { folder, program: copy })
+        Ok(Wine {
+            folder,
+            program: copy,
+        })
     }
 
     /// The folder, which the program sees as drive Z.
@@ -50,7 +53,11 @@ impl Wine {
 
     /// The program with its surroundings, ready for arguments.
     pub fn command(&self) -> Command {
-        let wine = if programs::is_installed("wine64") { "wine64" } else { "wine" };
+        let wine = if programs::is_installed("wine64") {
+            "wine64"
+        } else {
+            "wine"
+        };
         let mut command = Command::new(wine);
         command
             .arg(&self.program)
@@ -66,6 +73,9 @@ impl Wine {
 impl Drop for Wine {
     fn drop(&mut self) {
         // Its server lives on for a while and would write into a folder that is gone.
-        let _ = Command::new("wineserver").arg("-k").env("WINEPREFIX", self.folder.path().join("prefix")).status();
+        let _ = Command::new("wineserver")
+            .arg("-k")
+            .env("WINEPREFIX", self.folder.path().join("prefix"))
+            .status();
     }
 }

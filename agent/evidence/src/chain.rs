@@ -205,12 +205,28 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let took = self.ended.as_millisecond() - self.started.as_millisecond();
         let records = if self.records == 1 { "record " } else { "records" };
-        write!(f, "{:<16} {:<11} {:>7} {records} {took:>6} ms", self.kind.as_str(), self.status, self.records)?;
-        let more = |n: usize| if n > 1 { format!("; {} more", n - 1) } else { String::new() };
+        write!(
+            f,
+            "{:<16} {:<11} {:>7} {records} {took:>6} ms",
+            self.kind.as_str(),
+            self.status,
+            self.records
+        )?;
+        let more = |n: usize| {
+            if n > 1 {
+                format!("; {} more", n - 1)
+            } else {
+                String::new()
+            }
+        };
         match (&self.reason, self.problems.first(), self.notes.is_empty()) {
             (Some(reason), ..) => write!(f, "   {}", crate::text::printable(reason.as_bytes())),
             (None, Some(problem), _) => write!(f, "   {problem}{}", more(self.problems.len())),
-            (None, None, false) => write!(f, "   {}", crate::text::printable(self.notes.join(", ").as_bytes())),
+            (None, None, false) => write!(
+                f,
+                "   {}",
+                crate::text::printable(self.notes.join(", ").as_bytes())
+            ),
             _ => Ok(()),
         }
     }
@@ -256,7 +272,12 @@ pub struct ChainWriter {
 impl ChainWriter {
     /// A chain without events.
     pub fn new(key: CaptureKey, capture: CaptureId) -> Self {
-        ChainWriter { key, capture, sequence: 0, previous: None }
+        ChainWriter {
+            key,
+            capture,
+            sequence: 0,
+            previous: None,
+        }
     }
 
     /// The public half of the key.
@@ -285,7 +306,14 @@ impl ChainWriter {
         let sha256 = Hash::of(&object);
         self.sequence += 1;
         self.previous = Some(sha256);
-        Ok((Key::Event { sequence: event.sequence, sha256 }, object, event))
+        Ok((
+            Key::Event {
+                sequence: event.sequence,
+                sha256,
+            },
+            object,
+            event,
+        ))
     }
 
     /// Signs a manifest.
@@ -309,7 +337,11 @@ impl Chain {
         let What::Opened(opening) = &event.event else {
             return Err(Error::Chain("the first event does not open a capture".to_owned()));
         };
-        let mut chain = Chain { capture, key: opening.key, events: Vec::new() };
+        let mut chain = Chain {
+            capture,
+            key: opening.key,
+            events: Vec::new(),
+        };
         chain.push(object)?;
         Ok(chain)
     }
@@ -325,13 +357,19 @@ impl Chain {
     fn follows(&self, event: &Event) -> Result<(), String> {
         let expected = self.events.len() as u64 + 1;
         if event.schema != SCHEMA {
-            return Err(format!("of schema {}, not {SCHEMA}", crate::text::printable(event.schema.as_bytes())));
+            return Err(format!(
+                "of schema {}, not {SCHEMA}",
+                crate::text::printable(event.schema.as_bytes())
+            ));
         }
         if event.capture != self.capture {
             return Err(format!("belongs to capture {}", event.capture));
         }
         if event.sequence != expected {
-            return Err(format!("is event {} in the place of event {expected}", event.sequence));
+            return Err(format!(
+                "is event {} in the place of event {expected}",
+                event.sequence
+            ));
         }
         if event.previous != self.events.last().map(|(hash, _)| *hash) {
             return Err("does not link to the event before it".to_owned());
@@ -347,7 +385,10 @@ impl Chain {
             let count = counts.entry(&segment.artifact).or_default();
             *count += 1;
             if segment.number != *count {
-                return Err(format!("lists segment {} of {} in the place of {count}", segment.number, segment.artifact));
+                return Err(format!(
+                    "lists segment {} of {} in the place of {count}",
+                    segment.number, segment.artifact
+                ));
             }
         }
         let plan = self.events.first().and_then(|(_, first)| match &first.event {
@@ -364,11 +405,16 @@ impl Chain {
                 if fits && outcome.step == done as u64 {
                     Ok(())
                 } else {
-                    Err(format!("reports {} where the plan has another step", outcome.kind))
+                    Err(format!(
+                        "reports {} where the plan has another step",
+                        outcome.kind
+                    ))
                 }
             }
             (What::Closed(_), Some(plan)) if plan.len() == done => Ok(()),
-            (What::Closed(_), Some(_)) => Err("closes the capture before every step has an outcome".to_owned()),
+            (What::Closed(_), Some(_)) => {
+                Err("closes the capture before every step has an outcome".to_owned())
+            }
         }
     }
 
@@ -390,7 +436,13 @@ impl Chain {
     /// The first event's content.
     pub fn opening(&self) -> Option<&Opening> {
         match self.events.first() {
-            Some((_, Event { event: What::Opened(opening), .. })) => Some(opening),
+            Some((
+                _,
+                Event {
+                    event: What::Opened(opening),
+                    ..
+                },
+            )) => Some(opening),
             _ => None,
         }
     }
@@ -398,7 +450,13 @@ impl Chain {
     /// The last event's content, if the chain was ended.
     pub fn closing(&self) -> Option<&Closing> {
         match self.events.last() {
-            Some((_, Event { event: What::Closed(closing), .. })) => Some(closing),
+            Some((
+                _,
+                Event {
+                    event: What::Closed(closing),
+                    ..
+                },
+            )) => Some(closing),
             _ => None,
         }
     }
@@ -432,7 +490,13 @@ pub(crate) mod tests {
                 ordered_by: Text::from("me"),
                 ordered_at: None,
             },
-            plan: kinds.iter().map(|k| Step { kind: k.parse().unwrap(), deadline_s: 1 }).collect(),
+            plan: kinds
+                .iter()
+                .map(|k| Step {
+                    kind: k.parse().unwrap(),
+                    deadline_s: 1,
+                })
+                .collect(),
             key,
             agent: AgentIdentity {
                 version: "0".into(),
@@ -465,7 +529,10 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn closed() -> What {
-        What::Closed(Closing { stopped: None, footprint: Footprint::default() })
+        What::Closed(Closing {
+            stopped: None,
+            footprint: Footprint::default(),
+        })
     }
 
     pub(crate) fn packed(kind: &str, text: &str) -> Packed {
@@ -484,7 +551,12 @@ pub(crate) mod tests {
         objects.push(writer.next(0, vec![], opening(key, kinds)).unwrap().1);
         for (i, kind) in kinds.iter().enumerate() {
             let p = packed(kind, &format!("{{\"seed\":{seed},\"n\":{i}}}"));
-            objects.push(writer.next(1, vec![p.entry.clone()], outcome(i as u64, kind)).unwrap().1);
+            objects.push(
+                writer
+                    .next(1, vec![p.entry.clone()], outcome(i as u64, kind))
+                    .unwrap()
+                    .1,
+            );
             segments.push(p);
         }
         objects.push(writer.next(2, vec![], closed()).unwrap().1);
@@ -526,7 +598,10 @@ pub(crate) mod tests {
         let (other, b, ..) = capture(1, &["x", "y"]);
         assert!(read(other, &a).is_err(), "a chain under another id");
         a[2] = b[2].clone();
-        assert!(read(id, &a).is_err(), "an event of a second capture under the same key");
+        assert!(
+            read(id, &a).is_err(),
+            "an event of a second capture under the same key"
+        );
     }
 
     #[test]

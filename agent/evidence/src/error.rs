@@ -38,6 +38,8 @@ pub enum Error {
 
 impl From<serde_json::Error> for Error {
     fn from(error: serde_json::Error) -> Self {
-        Error::Json { why: crate::text::printable(error.to_string().as_bytes()) }
+        Error::Json {
+            why: crate::text::printable(error.to_string().as_bytes()),
+        }
     }
 }

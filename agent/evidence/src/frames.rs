@@ -48,7 +48,11 @@ impl SegmentBuilder {
         let mut compressor = Compressor::new(level)?;
         compressor.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true))?;
         compressor.set_parameter(zstd::zstd_safe::CParameter::ContentSizeFlag(true))?;
-        Ok(SegmentBuilder { compressor, bytes: Vec::new(), frames: Vec::new() })
+        Ok(SegmentBuilder {
+            compressor,
+            bytes: Vec::new(),
+            frames: Vec::new(),
+        })
     }
 
     /// Bytes that the segment would have now, without its tables.
@@ -68,10 +72,15 @@ impl SegmentBuilder {
         let bound = zstd::zstd_safe::compress_bound(plain.len());
         let tables = (self.frames.len() + 1) * (FRAME_ENTRY + SEEK_ENTRY) + 64;
         if plain.is_empty() || plain.len() > MAX_FRAME || before + bound + tables > MAX_SEGMENT {
-            return Err(io::Error::other(format!("a frame of {} bytes does not fit the segment", plain.len())));
+            return Err(io::Error::other(format!(
+                "a frame of {} bytes does not fit the segment",
+                plain.len()
+            )));
         }
         self.bytes.resize(before + bound, 0);
-        let Some(room) = self.bytes.get_mut(before..) else { return Err(io::ErrorKind::Other.into()) };
+        let Some(room) = self.bytes.get_mut(before..) else {
+            return Err(io::ErrorKind::Other.into());
+        };
         let result = self.compressor.compress_to_buffer(plain, room);
         let written = *result.as_ref().unwrap_or(&0);
         self.bytes.truncate(before + written);
@@ -80,7 +89,12 @@ impl SegmentBuilder {
             return Err(io::ErrorKind::Other.into());
         };
         let micros = Timestamp::from_microsecond(read_at.as_microsecond()).unwrap_or(read_at);
-        self.frames.push(Frame { plain: plain_size, stored, read_at: micros, sha256: Hash::of(plain) });
+        self.frames.push(Frame {
+            plain: plain_size,
+            stored,
+            read_at: micros,
+            sha256: Hash::of(plain),
+        });
         Ok(())
     }
 
@@ -147,8 +161,9 @@ impl<'a> Segment<'a> {
         if bytes.len() > MAX_SEGMENT {
             return Err(Error::Segment("larger than a segment may be"));
         }
-        let (body, footer) =
-            bytes.split_last_chunk::<SEEK_FOOTER>().ok_or(Error::Segment("too short for a seek table"))?;
+        let (body, footer) = bytes
+            .split_last_chunk::<SEEK_FOOTER>()
+            .ok_or(Error::Segment("too short for a seek table"))?;
         let mut footer = Cursor(footer);
         let (count, descriptor, magic) = (footer.u32(), footer.array::<1>(), footer.u32());
         if magic != Some(SEEKABLE_MAGIC) || descriptor != Some([0]) {
@@ -156,8 +171,13 @@ impl<'a> Segment<'a> {
         }
         // A count that does not fit is caught by the lengths below.
         let count = usize::try_from(count.unwrap_or(0)).unwrap_or(0);
-        let frames = count.checked_sub(1).filter(|n| *n > 0).ok_or(Error::Segment("no frame"))?;
-        let entries_len = count.checked_mul(SEEK_ENTRY).ok_or(Error::Segment("seek table too long"))?;
+        let frames = count
+            .checked_sub(1)
+            .filter(|n| *n > 0)
+            .ok_or(Error::Segment("no frame"))?;
+        let entries_len = count
+            .checked_mul(SEEK_ENTRY)
+            .ok_or(Error::Segment("seek table too long"))?;
         let table_len = FRAME_TABLE_HEADER.len() + frames * FRAME_ENTRY;
         let split = body
             .len()
@@ -185,9 +205,12 @@ impl<'a> Segment<'a> {
         let mut out = Vec::with_capacity(frames);
         for _ in 0..frames {
             let short = Error::Segment("frame table too short");
-            let (Some(plain), Some(stored), Some(micros), Some(sha256)) =
-                (table.u32(), table.u32(), table.array().map(i64::from_le_bytes), table.array().map(Hash))
-            else {
+            let (Some(plain), Some(stored), Some(micros), Some(sha256)) = (
+                table.u32(),
+                table.u32(),
+                table.array().map(i64::from_le_bytes),
+                table.array().map(Hash),
+            ) else {
                 return Err(short);
             };
             if (seek.u32(), seek.u32()) != (Some(stored), Some(plain)) {
@@ -203,7 +226,15 @@ impl<'a> Segment<'a> {
                 .and_then(|n| data.split_at_checked(n))
                 .ok_or(Error::Segment("a frame ends beyond the object"))?;
             data = rest;
-            out.push((Frame { plain, stored, read_at, sha256 }, frame));
+            out.push((
+                Frame {
+                    plain,
+                    stored,
+                    read_at,
+                    sha256,
+                },
+                frame,
+            ));
         }
         let table_frame = u32::try_from(SKIPPABLE_HEADER + table_len).ok();
         if (seek.u32(), seek.u32()) != (table_frame, Some(0)) || !data.is_empty() {
@@ -228,7 +259,10 @@ impl<'a> Segment<'a> {
             if zstd::zstd_safe::find_frame_compressed_size(stored) != Ok(stored.len())
                 || !matches!(zstd::zstd_safe::get_frame_content_size(stored), Ok(Some(n)) if n == u64::from(frame.plain))
             {
-                return Err(wrong(index, "is not one zstd frame of the stated sizes".to_owned()));
+                return Err(wrong(
+                    index,
+                    "is not one zstd frame of the stated sizes".to_owned(),
+                ));
             }
             plain.clear();
             plain.resize(size, 0);
@@ -263,7 +297,12 @@ mod tests {
     fn build(plains: &[Vec<u8>]) -> (Vec<u8>, Vec<Frame>) {
         let mut builder = SegmentBuilder::new(1).unwrap();
         for (i, plain) in plains.iter().enumerate() {
-            builder.push(plain, Timestamp::from_microsecond(i as i64 * 7).unwrap()).unwrap();
+            builder
+                .push(
+                    plain,
+                    Timestamp::from_microsecond(i64::try_from(i).unwrap() * 7).unwrap(),
+                )
+                .unwrap();
         }
         builder.finish().unwrap()
     }
@@ -331,7 +370,11 @@ mod tests {
     fn limits_hold_when_writing() {
         let mut builder = SegmentBuilder::new(1).unwrap();
         assert!(builder.push(&[], Timestamp::UNIX_EPOCH).is_err());
-        assert!(builder.push(&vec![0; MAX_FRAME + 1], Timestamp::UNIX_EPOCH).is_err());
+        assert!(
+            builder
+                .push(&vec![0; MAX_FRAME + 1], Timestamp::UNIX_EPOCH)
+                .is_err()
+        );
         assert!(builder.finish().is_none());
     }
 }

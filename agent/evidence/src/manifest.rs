@@ -70,14 +70,19 @@ pub struct Manifest {
 pub fn artifacts(chain: &Chain) -> Vec<ArtifactEntry> {
     let mut by_name: BTreeMap<&Artifact, Vec<SegmentEntry>> = BTreeMap::new();
     for segment in chain.segments() {
-        by_name.entry(&segment.artifact).or_default().push(segment.clone());
+        by_name
+            .entry(&segment.artifact)
+            .or_default()
+            .push(segment.clone());
     }
     let entry = |(artifact, segments): (&Artifact, Vec<SegmentEntry>)| ArtifactEntry {
         artifact: artifact.clone(),
         // Sums of what a hostile store claims must not overflow.
         stored: segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored)),
         plain: segments.iter().fold(0, |sum, s| sum.saturating_add(s.plain)),
-        records: segments.iter().try_fold(0u64, |sum, s| s.records.map(|n| sum.saturating_add(n))),
+        records: segments
+            .iter()
+            .try_fold(0u64, |sum, s| s.records.map(|n| sum.saturating_add(n))),
         root: root(&segments.iter().map(|s| s.sha256).collect::<Vec<_>>()),
         segments,
     };
@@ -86,7 +91,10 @@ pub fn artifacts(chain: &Chain) -> Vec<ArtifactEntry> {
 
 /// `SHA256SUMS` of a chain.
 pub fn sums(chain: &Chain) -> String {
-    let events = chain.events().iter().map(|(sha256, e)| Key::Event { sequence: e.sequence, sha256: *sha256 });
+    let events = chain.events().iter().map(|(sha256, e)| Key::Event {
+        sequence: e.sequence,
+        sha256: *sha256,
+    });
     let mut keys: Vec<Key> = events.chain(chain.segments().map(SegmentEntry::key)).collect();
     keys.sort_by_key(Key::to_string);
     let line = |key: &Key| key.sha256().map(|sha256| format!("{sha256}  {key}\n"));
@@ -97,7 +105,9 @@ impl Manifest {
     /// The manifest of a closed chain.
     pub fn of(chain: &Chain) -> Result<Self, Error> {
         let open = || Error::Chain("the chain was never closed".to_owned());
-        let (Some(opening), Some(closing)) = (chain.opening(), chain.closing()) else { return Err(open()) };
+        let (Some(opening), Some(closing)) = (chain.opening(), chain.closing()) else {
+            return Err(open());
+        };
         let (Some((_, first)), Some((_, last))) = (chain.events().first(), chain.events().last()) else {
             return Err(open());
         };

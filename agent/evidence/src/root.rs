@@ -31,7 +31,10 @@ impl FromStr for Hash {
     type Err = crate::Error;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = crate::Error::Name { what: "hash", why: "64 lower-case hex digits are expected" };
+        let wrong = crate::Error::Name {
+            what: "hash",
+            why: "64 lower-case hex digits are expected",
+        };
         let mut bytes = [0; 32];
         if text.bytes().any(|b| b.is_ascii_uppercase()) || hex::decode_to_slice(text, &mut bytes).is_err() {
             return Err(wrong);
@@ -48,7 +51,9 @@ impl Serialize for Hash {
 
 impl<'de> Deserialize<'de> for Hash {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -56,11 +61,20 @@ impl<'de> Deserialize<'de> for Hash {
 pub fn root(leaves: &[Hash]) -> Hash {
     match leaves {
         [] => Hash::of(b""),
-        [leaf] => Hash(Sha256::new().chain_update([0]).chain_update(leaf.0).finalize().into()),
+        [leaf] => Hash(
+            Sha256::new()
+                .chain_update([0])
+                .chain_update(leaf.0)
+                .finalize()
+                .into(),
+        ),
         _ => {
             // RFC 9162: the largest power of two smaller than the number of leaves.
             let (left, right) = leaves.split_at(leaves.len().next_power_of_two() / 2);
-            let node = Sha256::new().chain_update([1]).chain_update(root(left).0).chain_update(root(right).0);
+            let node = Sha256::new()
+                .chain_update([1])
+                .chain_update(root(left).0)
+                .chain_update(root(right).0);
             Hash(node.finalize().into())
         }
     }
@@ -78,7 +92,10 @@ mod tests {
         let n = |a: Hash, b: Hash| Hash::of(&[&[1][..], &a.0, &b.0].concat());
         let expected = n(n(n(l(0), l(1)), n(l(2), l(3))), l(4));
         assert_eq!(root(&[leaf(0), leaf(1), leaf(2), leaf(3), leaf(4)]), expected);
-        assert_eq!(root(&[leaf(0), leaf(1), leaf(2), leaf(3)]), n(n(l(0), l(1)), n(l(2), l(3))));
+        assert_eq!(
+            root(&[leaf(0), leaf(1), leaf(2), leaf(3)]),
+            n(n(l(0), l(1)), n(l(2), l(3)))
+        );
         assert_eq!(root(&[leaf(7)]), l(7));
     }
 

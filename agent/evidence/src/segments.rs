@@ -55,7 +55,11 @@ pub struct SegmentEntry {
 impl SegmentEntry {
     /// The key of the object.
     pub fn key(&self) -> Key {
-        Key::Segment { artifact: self.artifact.clone(), number: self.number, sha256: self.sha256 }
+        Key::Segment {
+            artifact: self.artifact.clone(),
+            number: self.number,
+            sha256: self.sha256,
+        }
     }
 }
 
@@ -134,7 +138,11 @@ impl RecordPacker {
         if self.plain.len() >= FRAME {
             self.frame()?;
         }
-        Ok(if self.builder.stored() >= SEGMENT { self.segment() } else { None })
+        Ok(if self.builder.stored() >= SEGMENT {
+            self.segment()
+        } else {
+            None
+        })
     }
 
     /// Ends the segment under way, if there is anything in it.
@@ -154,7 +162,13 @@ impl RecordPacker {
     fn segment(&mut self) -> Option<Packed> {
         let (bytes, frames) = self.builder.finish()?;
         self.number += 1;
-        Some(pack(&self.artifact, self.number, bytes, &frames, Some(std::mem::take(&mut self.records))))
+        Some(pack(
+            &self.artifact,
+            self.number,
+            bytes,
+            &frames,
+            Some(std::mem::take(&mut self.records)),
+        ))
     }
 }
 

@@ -27,7 +27,14 @@ impl CaptureKey {
     /// `{"signed":PAYLOAD,"signature":"HEX"}` and a line feed. `payload` must be one JSON value.
     pub fn seal(&self, payload: &str) -> Vec<u8> {
         let signature = self.0.sign(payload.as_bytes());
-        [OPEN, payload.as_bytes(), MIDDLE, hex::encode(signature.to_bytes()).as_bytes(), CLOSE].concat()
+        [
+            OPEN,
+            payload.as_bytes(),
+            MIDDLE,
+            hex::encode(signature.to_bytes()).as_bytes(),
+            CLOSE,
+        ]
+        .concat()
     }
 }
 
@@ -56,10 +63,15 @@ pub fn split(sealed: &[u8]) -> Result<(&str, Signature), Error> {
         .ok_or(wrong.clone())?;
     let payload = rest.strip_suffix(MIDDLE).ok_or(wrong.clone())?;
     let mut signature = [0; 64];
-    if hex_digits.iter().any(u8::is_ascii_uppercase) || hex::decode_to_slice(hex_digits, &mut signature).is_err() {
+    if hex_digits.iter().any(u8::is_ascii_uppercase)
+        || hex::decode_to_slice(hex_digits, &mut signature).is_err()
+    {
         return Err(wrong);
     }
-    Ok((std::str::from_utf8(payload).map_err(|_| wrong)?, Signature::from_bytes(&signature)))
+    Ok((
+        std::str::from_utf8(payload).map_err(|_| wrong)?,
+        Signature::from_bytes(&signature),
+    ))
 }
 
 impl fmt::Display for PublicKey {
@@ -78,13 +90,19 @@ impl FromStr for PublicKey {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let hash: crate::root::Hash = text
-            .parse()
-            .map_err(|_| Error::Name { what: "public key", why: "64 lower-case hex digits are expected" })?;
-        let key = VerifyingKey::from_bytes(&hash.0)
-            .map_err(|_| Error::Name { what: "public key", why: "not a point of Ed25519" })?;
+        let hash: crate::root::Hash = text.parse().map_err(|_| Error::Name {
+            what: "public key",
+            why: "64 lower-case hex digits are expected",
+        })?;
+        let key = VerifyingKey::from_bytes(&hash.0).map_err(|_| Error::Name {
+            what: "public key",
+            why: "not a point of Ed25519",
+        })?;
         if key.is_weak() {
-            return Err(Error::Name { what: "public key", why: "a point of small order" });
+            return Err(Error::Name {
+                what: "public key",
+                why: "a point of small order",
+            });
         }
         Ok(PublicKey(key))
     }
@@ -98,7 +116,9 @@ impl Serialize for PublicKey {
 
 impl<'de> Deserialize<'de> for PublicKey {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 

@@ -44,9 +44,11 @@ impl Serialize for Text {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match std::str::from_utf8(&self.0) {
             Ok(text) => serializer.serialize_str(text),
-            Err(_) => {
-                Raw { escaped: printable(&self.0), base64: STANDARD.encode(&self.0) }.serialize(serializer)
+            Err(_) => Raw {
+                escaped: printable(&self.0),
+                base64: STANDARD.encode(&self.0),
             }
+            .serialize(serializer),
         }
     }
 }
@@ -61,7 +63,10 @@ impl<'de> Deserialize<'de> for Text {
         }
         match Either::deserialize(deserializer)? {
             Either::Text(text) => Ok(Text(text.into_bytes())),
-            Either::Raw(raw) => STANDARD.decode(raw.base64).map(Text).map_err(serde::de::Error::custom),
+            Either::Raw(raw) => STANDARD
+                .decode(raw.base64)
+                .map(Text)
+                .map_err(serde::de::Error::custom),
         }
     }
 }

@@ -149,7 +149,13 @@ impl Salvage {
             key: chain.key(),
             events: chain.events().iter().map(|(hash, _)| *hash).collect(),
             last_event: last.at,
-            unfinished: chain.opening()?.plan.iter().skip(done).map(|s| s.kind.to_string()).collect(),
+            unfinished: chain
+                .opening()?
+                .plan
+                .iter()
+                .skip(done)
+                .map(|s| s.kind.to_string())
+                .collect(),
             unproven: report.unproven.iter().map(|f| f.object.clone()).collect(),
             root: root(&artifacts.iter().map(|a| a.root).collect::<Vec<_>>()),
             artifacts,
@@ -203,12 +209,18 @@ struct Audit<'a> {
 impl Audit<'_> {
     fn wrong(&mut self, object: impl fmt::Display, why: impl fmt::Display) {
         let object = printable(object.to_string().as_bytes());
-        self.report.findings.push(Finding { object, why: why.to_string() });
+        self.report.findings.push(Finding {
+            object,
+            why: why.to_string(),
+        });
     }
 
     fn unproven(&mut self, object: impl fmt::Display, why: impl fmt::Display) {
         let object = printable(object.to_string().as_bytes());
-        self.report.unproven.push(Finding { object, why: why.to_string() });
+        self.report.unproven.push(Finding {
+            object,
+            why: why.to_string(),
+        });
     }
 
     /// The bytes of an object, when they are what its name promises.
@@ -248,7 +260,9 @@ impl Audit<'_> {
         let (mut sums_size, mut manifest_size) = (None, None);
         for (name, size) in listed {
             match name.parse::<Key>() {
-                Ok(key @ Key::Event { sequence, .. }) => events.entry(sequence).or_default().push((key, size)),
+                Ok(key @ Key::Event { sequence, .. }) => {
+                    events.entry(sequence).or_default().push((key, size))
+                }
                 Ok(key @ Key::Segment { .. }) => {
                     segments.insert(key, size);
                 }
@@ -270,14 +284,22 @@ impl Audit<'_> {
         for (sequence, candidates) in events {
             if !broken && sequence != expected {
                 broken = true;
-                let next = candidates.first().map(|(key, _)| key.to_string()).unwrap_or_default();
+                let next = candidates
+                    .first()
+                    .map(|(key, _)| key.to_string())
+                    .unwrap_or_default();
                 let gone = format!("progress/{expected:06}-…");
-                self.wrong(gone, format!("is missing, although {} is there", printable(next.as_bytes())));
+                self.wrong(
+                    gone,
+                    format!("is missing, although {} is there", printable(next.as_bytes())),
+                );
             }
             expected = sequence.saturating_add(1);
             let mut placed = false;
             for (key, size) in candidates {
-                let Some(object) = self.read(&key, size, MAX_EVENT) else { continue };
+                let Some(object) = self.read(&key, size, MAX_EVENT) else {
+                    continue;
+                };
                 if broken || placed {
                     self.wrong(&key, "an event that the chain does not reach");
                     continue;
@@ -308,10 +330,15 @@ impl Audit<'_> {
                 continue;
             };
             if size != entry.stored {
-                self.wrong(&key, format!("{size} bytes, where the chain has {}", entry.stored));
+                self.wrong(
+                    &key,
+                    format!("{size} bytes, where the chain has {}", entry.stored),
+                );
                 continue;
             }
-            let Some(bytes) = self.read(&key, size, MAX_SEGMENT as u64) else { continue };
+            let Some(bytes) = self.read(&key, size, MAX_SEGMENT as u64) else {
+                continue;
+            };
             match check_segment(&bytes, entry) {
                 Ok(()) => {
                     self.report.stored = self.report.stored.saturating_add(entry.stored);
@@ -350,7 +377,9 @@ impl Audit<'_> {
             if let Some(bytes) = self.read(&Key::Manifest, size, MAX_MANIFEST) {
                 let result = match &chain {
                     Some(chain) => check_manifest(&bytes, chain),
-                    None => Err(Error::Chain("there is no chain that it could belong to".to_owned())),
+                    None => Err(Error::Chain(
+                        "there is no chain that it could belong to".to_owned(),
+                    )),
                 };
                 match result {
                     Ok(root) => self.report.root = Some(root),
@@ -365,7 +394,10 @@ impl Audit<'_> {
         if let (Some(expected), Some(key)) = (expect_key, self.report.key)
             && key != expected
         {
-            self.wrong("progress/000001-…", format!("signed by key {key}, which is not the expected one"));
+            self.wrong(
+                "progress/000001-…",
+                format!("signed by key {key}, which is not the expected one"),
+            );
         }
         let salvage = salvage.filter(|_| !manifest && self.report.findings.is_empty() && !self.unread);
         let sound_salvage = salvage.map(|bytes| self.check_salvage(bytes));
@@ -374,11 +406,17 @@ impl Audit<'_> {
         }
         let (verdict, because) = if !self.report.findings.is_empty() {
             let objects: BTreeSet<&str> = self.report.findings.iter().map(|f| f.object.as_str()).collect();
-            (Verdict::Tampered, format!("{} not what was sent", count(objects.len(), "object")))
+            (
+                Verdict::Tampered,
+                format!("{} not what was sent", count(objects.len(), "object")),
+            )
         } else if self.unread {
             (Verdict::Incomplete, "not everything could be read".to_owned())
         } else if sound_salvage.is_some() {
-            (Verdict::Salvaged, "no manifest; what the chain acknowledged is right".to_owned())
+            (
+                Verdict::Salvaged,
+                "no manifest; what the chain acknowledged is right".to_owned(),
+            )
         } else if !manifest {
             let why = "no manifest: the capture is under way, was killed, or its end was deleted";
             (Verdict::Incomplete, why.to_owned())
@@ -420,7 +458,9 @@ fn check_segment(bytes: &[u8], entry: &SegmentEntry) -> Result<(), Error> {
         return Err(Error::Segment("its frames are not those in the chain"));
     }
     if entry.records.is_some_and(|records| records != lines) {
-        return Err(Error::Segment("it does not hold the records that the chain counts"));
+        return Err(Error::Segment(
+            "it does not hold the records that the chain counts",
+        ));
     }
     Ok(())
 }
@@ -460,7 +500,14 @@ mod tests {
         events[1..].iter().for_each(|e| chain.push(e).unwrap());
         let mut map = BTreeMap::new();
         for ((sha256, event), object) in chain.events().iter().zip(&events) {
-            map.insert(Key::Event { sequence: event.sequence, sha256: *sha256 }.to_string(), object.clone());
+            map.insert(
+                Key::Event {
+                    sequence: event.sequence,
+                    sha256: *sha256,
+                }
+                .to_string(),
+                object.clone(),
+            );
         }
         for p in segments {
             map.insert(p.entry.key().to_string(), p.bytes);
@@ -547,9 +594,17 @@ mod tests {
     #[test]
     fn anything_added_is_named() {
         let extra = packed("alpha", "{}");
-        let second = Key::Segment { artifact: extra.entry.artifact.clone(), number: 2, sha256: extra.entry.sha256 };
+        let second = Key::Segment {
+            artifact: extra.entry.artifact.clone(),
+            number: 2,
+            sha256: extra.entry.sha256,
+        };
         let (_, _, foreign) = whole(2);
-        let foreign_event = foreign.0.iter().find(|(k, _)| k.starts_with("progress/000002")).unwrap();
+        let foreign_event = foreign
+            .0
+            .iter()
+            .find(|(k, _)| k.starts_with("progress/000002"))
+            .unwrap();
         for (name, bytes) in [
             (second.to_string(), extra.bytes),
             (foreign_event.0.clone(), foreign_event.1.clone()),
@@ -560,7 +615,13 @@ mod tests {
             map.0.insert(name.clone(), bytes);
             let report = judge(id, &map);
             assert_eq!(report.verdict, Verdict::Tampered, "{name}");
-            assert!(report.findings.iter().any(|f| f.object == printable(name.as_bytes())), "{report:?}");
+            assert!(
+                report
+                    .findings
+                    .iter()
+                    .any(|f| f.object == printable(name.as_bytes())),
+                "{report:?}"
+            );
             assert!(!format!("{report:?}").contains('\x1b'));
         }
     }
@@ -570,7 +631,10 @@ mod tests {
         let (id, _, full) = whole(1);
         let mut map = full.clone();
         map.0.retain(|k, _| {
-            !(k == "manifest.json" || k == "SHA256SUMS" || k.starts_with("progress/000004") || k.starts_with("progress/000005"))
+            !(k == "manifest.json"
+                || k == "SHA256SUMS"
+                || k.starts_with("progress/000004")
+                || k.starts_with("progress/000005"))
         });
         let report = judge(id, &map);
         assert_eq!(report.verdict, Verdict::Incomplete, "{report:?}");
@@ -581,10 +645,23 @@ mod tests {
         let object = salvage.object().unwrap();
         assert_eq!(verify(&map, id, None, Some(&object)).verdict, Verdict::Salvaged);
         // A salvage record never outranks a manifest, nor hides a changed object.
-        assert_eq!(verify(&full, id, None, Some(&object)).verdict, Verdict::SelfConsistent);
-        let lie = String::from_utf8(object.clone()).unwrap().replace("gamma", "delta");
-        assert_eq!(verify(&map, id, None, Some(lie.as_bytes())).verdict, Verdict::Tampered);
-        let name = map.0.keys().find(|k| k.starts_with("volatile/beta")).unwrap().clone();
+        assert_eq!(
+            verify(&full, id, None, Some(&object)).verdict,
+            Verdict::SelfConsistent
+        );
+        let lie = String::from_utf8(object.clone())
+            .unwrap()
+            .replace("gamma", "delta");
+        assert_eq!(
+            verify(&map, id, None, Some(lie.as_bytes())).verdict,
+            Verdict::Tampered
+        );
+        let name = map
+            .0
+            .keys()
+            .find(|k| k.starts_with("volatile/beta"))
+            .unwrap()
+            .clone();
         map.0.remove(&name);
         assert_eq!(verify(&map, id, None, Some(&object)).verdict, Verdict::Tampered);
     }
@@ -597,11 +674,19 @@ mod tests {
                 self.0.list()
             }
             fn get(&self, name: &str, max: u64) -> Result<Vec<u8>, String> {
-                if name == self.1 { Err("Input/output error".into()) } else { self.0.get(name, max) }
+                if name == self.1 {
+                    Err("Input/output error".into())
+                } else {
+                    self.0.get(name, max)
+                }
             }
         }
         let (id, key, map) = whole(1);
-        for name in map.0.keys().filter(|k| k.starts_with("volatile") || *k == "manifest.json") {
+        for name in map
+            .0
+            .keys()
+            .filter(|k| k.starts_with("volatile") || *k == "manifest.json")
+        {
             let report = verify(&Unreadable(map.clone(), name.clone()), id, Some(key), None);
             assert_eq!(report.verdict, Verdict::Incomplete, "{name}");
             assert_eq!(report.unproven[0].object, *name);

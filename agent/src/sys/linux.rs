@@ -25,25 +25,55 @@ pub use look::Look;
 
 use crate::collect::{Collector, Usage};
 use std::{
-    ffi::OsStr,
-    fs,
-    io,
-    os::unix::process::ExitStatusExt as _,
-    path::PathBuf,
-    process::ExitStatus,
+    ffi::OsStr, fs, io, os::unix::process::ExitStatusExt as _, path::PathBuf, process::ExitStatus,
     time::Duration,
 };
 
 /// The kinds that this platform can collect.
 pub const COLLECTORS: &[Collector] = &[
-    collector("host", "identity, kernel, clock, taint, lockdown, swap, virtualisation", 10, host::collect),
-    collector("processes", "every process by procfs: identity, rights, namespaces, container, open files", 60, processes::collect),
-    collector("process-details", "hash of each running program, environments, mappings", 300, details::collect),
-    collector("sockets", "every family, every network namespace, with owners", 60, sockets::collect),
-    collector("routes", "interfaces, addresses, routes, neighbours, tracked connections", 30, routes::collect),
-    collector("modules", "kernel modules by procfs and sysfs", 10, modules::collect),
+    collector(
+        "host",
+        "identity, kernel, clock, taint, lockdown, swap, virtualisation",
+        10,
+        host::collect,
+    ),
+    collector(
+        "processes",
+        "every process by procfs: identity, rights, namespaces, container, open files",
+        60,
+        processes::collect,
+    ),
+    collector(
+        "process-details",
+        "hash of each running program, environments, mappings",
+        300,
+        details::collect,
+    ),
+    collector(
+        "sockets",
+        "every family, every network namespace, with owners",
+        60,
+        sockets::collect,
+    ),
+    collector(
+        "routes",
+        "interfaces, addresses, routes, neighbours, tracked connections",
+        30,
+        routes::collect,
+    ),
+    collector(
+        "modules",
+        "kernel modules by procfs and sysfs",
+        10,
+        modules::collect,
+    ),
     collector("mounts", "mounts of every mount namespace", 30, mounts::collect),
-    collector("sessions", "logins by utmp, sessions by logind", 10, sessions::collect),
+    collector(
+        "sessions",
+        "logins by utmp, sessions by logind",
+        10,
+        sessions::collect,
+    ),
 ];
 
 const fn collector(
@@ -52,7 +82,12 @@ const fn collector(
     deadline_s: u64,
     collect: fn(&mut crate::collect::Collection) -> Result<(), crate::collect::Unsupported>,
 ) -> Collector {
-    Collector { kind, about, deadline: Duration::from_secs(deadline_s), collect }
+    Collector {
+        kind,
+        about,
+        deadline: Duration::from_secs(deadline_s),
+        collect,
+    }
 }
 
 /// The running program, even when its file was deleted.
@@ -92,10 +127,18 @@ pub fn exit_reason(status: ExitStatus) -> String {
 /// What this process has cost so far.
 pub fn usage() -> Usage {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let cpu_us = u64::try_from(time.tv_sec).ok().zip(u64::try_from(time.tv_nsec / 1000).ok());
+    let cpu_us = u64::try_from(time.tv_sec)
+        .ok()
+        .zip(u64::try_from(time.tv_nsec / 1000).ok());
     let line = |path: &str, name: &str| {
         let text = fs::read_to_string(path).ok()?;
-        text.lines().find_map(|l| l.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok())
+        text.lines().find_map(|l| {
+            l.strip_prefix(name)?
+                .split_whitespace()
+                .next()?
+                .parse::<u64>()
+                .ok()
+        })
     };
     Usage {
         cpu_us: cpu_us.map(|(s, us)| s.saturating_mul(1_000_000).saturating_add(us)),

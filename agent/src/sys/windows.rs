@@ -41,7 +41,11 @@ pub struct Look;
 pub fn clock(ordered_at: Option<Timestamp>) -> Clock {
     let realtime = Timestamp::now();
     let behind = |at: Timestamp| realtime.as_microsecond().checked_sub(at.as_microsecond());
-    Clock { realtime, behind_order_us: ordered_at.and_then(behind), ..Clock::default() }
+    Clock {
+        realtime,
+        behind_order_us: ordered_at.and_then(behind),
+        ..Clock::default()
+    }
 }
 
 /// Not measured here yet.
@@ -62,5 +66,7 @@ pub fn widen_pipe(_pipe: &std::process::ChildStdout) {}
 
 /// How a process ended, in words.
 pub fn exit_reason(status: ExitStatus) -> String {
-    status.code().map_or_else(|| "ended".to_owned(), |code| format!("ended with code {code:#x}"))
+    status
+        .code()
+        .map_or_else(|| "ended".to_owned(), |code| format!("ended with code {code:#x}"))
 }

@@ -31,15 +31,25 @@ impl Directory {
     /// Prepares the folder of `id` below `base`, which is made if it is missing, but not its parents. An error is one
     /// line for the person who named the directory.
     pub fn create(base: &Path, writer: &Writer, id: CaptureId) -> Result<Self, String> {
-        let wrong = |what: &str, error: io::Error| format!("--store {}: {what}: {}", base.display(), describe(&error));
+        let wrong = |what: &str, error: io::Error| {
+            format!("--store {}: {what}: {}", base.display(), describe(&error))
+        };
         match fs::create_dir(base) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(format!("--store {}: its parent directory does not exist", base.display()));
+                return Err(format!(
+                    "--store {}: its parent directory does not exist",
+                    base.display()
+                ));
             }
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(wrong("cannot be made", error)),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(wrong("cannot be made", error));
+            }
             _ => (),
         }
-        if !fs::metadata(base).map_err(|e| wrong("cannot be read", e))?.is_dir() {
+        if !fs::metadata(base)
+            .map_err(|e| wrong("cannot be read", e))?
+            .is_dir()
+        {
             return Err(format!("--store {}: not a directory", base.display()));
         }
         let base = fs::canonicalize(base).map_err(|e| wrong("cannot be resolved", e))?;
@@ -53,7 +63,13 @@ impl Directory {
         for folder in capture.ancestors().take_while(|folder| folder.starts_with(&base)) {
             crate::sys::sync_folder(folder).map_err(|e| wrong("cannot be synced", e))?;
         }
-        Ok(Directory { capture, partial, id, next: AtomicU64::new(0), folders: Mutex::default() })
+        Ok(Directory {
+            capture,
+            partial,
+            id,
+            next: AtomicU64::new(0),
+            folders: Mutex::default(),
+        })
     }
 
     fn write(&self, temporary: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -77,18 +93,31 @@ impl Store for Directory {
             && !made.contains(folder)
         {
             fs::create_dir_all(folder)?;
-            for parent in folder.ancestors().skip(1).take_while(|parent| parent.starts_with(&self.capture)) {
+            for parent in folder
+                .ancestors()
+                .skip(1)
+                .take_while(|parent| parent.starts_with(&self.capture))
+            {
                 crate::sys::sync_folder(parent)?;
             }
             made.insert(folder.to_owned());
         }
-        let temporary = self.partial.join(format!("{}-{}", self.id, self.next.fetch_add(1, Ordering::Relaxed)));
-        let placed = self.write(&temporary, bytes).and_then(|()| crate::sys::place(&temporary, &target));
+        let temporary = self.partial.join(format!(
+            "{}-{}",
+            self.id,
+            self.next.fetch_add(1, Ordering::Relaxed)
+        ));
+        let placed = self
+            .write(&temporary, bytes)
+            .and_then(|()| crate::sys::place(&temporary, &target));
         // Gone already where it was renamed; a rest of a failed write gives its space back.
         let _ = fs::remove_file(&temporary);
         placed?;
         crate::sys::sync_folder(folder)?;
-        Ok(Receipt { confirmed: true, ..Receipt::default() })
+        Ok(Receipt {
+            confirmed: true,
+            ..Receipt::default()
+        })
     }
 
     fn finish(&self) -> io::Result<()> {
@@ -104,7 +133,10 @@ mod tests {
     use stillframe_evidence::root::Hash;
 
     fn key(bytes: &[u8]) -> Key {
-        Key::Event { sequence: 1, sha256: Hash::of(bytes) }
+        Key::Event {
+            sequence: 1,
+            sha256: Hash::of(bytes),
+        }
     }
 
     #[test]
@@ -115,19 +147,31 @@ mod tests {
         store.put(&key(b"x"), b"x").unwrap();
         let again = store.put(&key(b"x"), b"y").unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
-        let file = base.path().join("new").join(evidence_prefix(&Writer::local(), id)).join(key(b"x").to_string());
+        let file = base
+            .path()
+            .join("new")
+            .join(evidence_prefix(&Writer::local(), id))
+            .join(key(b"x").to_string());
         assert_eq!(fs::read(file).unwrap(), b"x");
         store.finish().unwrap();
         assert!(!base.path().join("new/.partial").exists());
-        assert!(Directory::create(&base.path().join("new"), &Writer::local(), id).is_err(), "the same capture twice");
+        assert!(
+            Directory::create(&base.path().join("new"), &Writer::local(), id).is_err(),
+            "the same capture twice"
+        );
     }
 
     #[test]
     fn a_wrong_path_is_one_clear_line() {
         let base = tempfile::tempdir().unwrap();
         fs::write(base.path().join("file"), b"").unwrap();
-        for (path, says) in [("file", "not a directory"), ("no/where", "its parent directory does not exist")] {
-            let error = Directory::create(&base.path().join(path), &Writer::local(), CaptureId::mint()).err().unwrap();
+        for (path, says) in [
+            ("file", "not a directory"),
+            ("no/where", "its parent directory does not exist"),
+        ] {
+            let error = Directory::create(&base.path().join(path), &Writer::local(), CaptureId::mint())
+                .err()
+                .unwrap();
             assert!(error.contains(says) && !error.contains('\n'), "{error}");
         }
     }

@@ -29,7 +29,9 @@ pub trait Store: Send + Sync {
 /// line for the person who named it.
 pub fn open(target: &str, capture: CaptureId) -> Result<Box<dyn Store>, String> {
     if let Some((scheme, _)) = target.split_once("://") {
-        return Err(format!("--store {target}: stores of scheme {scheme} are not supported; use a directory or -"));
+        return Err(format!(
+            "--store {target}: stores of scheme {scheme} are not supported; use a directory or -"
+        ));
     }
     if target == "-" {
         return Ok(Box::new(Pipe::new(io::stdout(), capture)));
@@ -40,5 +42,6 @@ pub fn open(target: &str, capture: CaptureId) -> Result<Box<dyn Store>, String> 
 /// The error of the system, without the ` (os error 13)` that the standard library appends.
 fn describe(error: &io::Error) -> String {
     let text = error.to_string();
-    text.rsplit_once(" (os error ").map_or(text.clone(), |(text, _)| text.to_owned())
+    text.rsplit_once(" (os error ")
+        .map_or(text.clone(), |(text, _)| text.to_owned())
 }

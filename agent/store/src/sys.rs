@@ -16,9 +16,13 @@ pub fn place(temporary: &Path, target: &Path) -> io::Result<()> {
     let cannot_link = [Errno::PERM, Errno::OPNOTSUPP, Errno::MLINK].map(|e| Some(e.raw_os_error()));
     match fs::hard_link(temporary, target) {
         // File systems without links (FAT, exFAT): a rename that does not replace.
-        Err(error) if cannot_link.contains(&error.raw_os_error()) => {
-            Ok(renameat_with(CWD, temporary, CWD, target, RenameFlags::NOREPLACE)?)
-        }
+        Err(error) if cannot_link.contains(&error.raw_os_error()) => Ok(renameat_with(
+            CWD,
+            temporary,
+            CWD,
+            target,
+            RenameFlags::NOREPLACE,
+        )?),
         result => result,
     }
 }

@@ -60,8 +60,23 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let id = CaptureId::mint();
     let began = Instant::now();
     let mut child = Command::new(&agent)
-        .args(["capture", "--output", "json", "--id", &id.to_string(), "--case", args.case.as_str()])
-        .args(["--profile", &args.profile, "--ordered-by", &orderer(), "--ordered-at", &Timestamp::now().to_string()])
+        .args([
+            "capture",
+            "--output",
+            "json",
+            "--id",
+            &id.to_string(),
+            "--case",
+            args.case.as_str(),
+        ])
+        .args([
+            "--profile",
+            &args.profile,
+            "--ordered-by",
+            &orderer(),
+            "--ordered-at",
+            &Timestamp::now().to_string(),
+        ])
         .args(["--nonce", &uuid::Uuid::now_v7().simple().to_string()])
         .arg("--store")
         .arg(&args.store)
@@ -69,7 +84,10 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("{}: the agent cannot be started", agent.display()))?;
-    let output = child.stdout.take().ok_or_else(|| anyhow!("the agent has no output"))?;
+    let output = child
+        .stdout
+        .take()
+        .ok_or_else(|| anyhow!("the agent has no output"))?;
     let followed = follow(BufReader::new(output), args, ui);
     let status = child.wait().context("waiting for the agent")?;
     if status.code() == Some(2) {
@@ -81,22 +99,40 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let report = verify::report(&stored, None);
     let closing = report.chain.as_ref().and_then(|c| c.closing());
     let outcomes = report.chain.iter().flat_map(|c| c.outcomes()).collect();
-    ui.print(&Done { report: &report, outcomes, closing }, || {
-        let mut cost = format!("   {:.1} s", began.elapsed().as_secs_f64());
-        if let Some(footprint) = closing.map(|c| &c.footprint) {
-            let cpu = footprint.cpu_us.map_or(0.0, |us| us as f64 / 1e6);
-            cost += &format!(", {} resident, {cpu:.1} s CPU", bytes(footprint.peak_resident.unwrap_or(0)));
-        }
-        let mut text: Vec<String> = Vec::new();
-        if report.verdict != Verdict::SelfConsistent {
-            text.push(verify::text(&report));
-        } else {
-            text.push(verify::summary(&report) + &cost);
-        }
-        text.push(format!("{:<16}  written to this machine's own disk; for a suspect host use --store - over SSH", "note"));
-        text.push(format!("{:<16}  stillframe show {} --store {}", "next", id, printable(args.store.as_os_str().as_encoded_bytes())));
-        text.join("\n")
-    });
+    ui.print(
+        &Done {
+            report: &report,
+            outcomes,
+            closing,
+        },
+        || {
+            let mut cost = format!("   {:.1} s", began.elapsed().as_secs_f64());
+            if let Some(footprint) = closing.map(|c| &c.footprint) {
+                let cpu = footprint.cpu_us.map_or(0.0, |us| us as f64 / 1e6);
+                cost += &format!(
+                    ", {} resident, {cpu:.1} s CPU",
+                    bytes(footprint.peak_resident.unwrap_or(0))
+                );
+            }
+            let mut text: Vec<String> = Vec::new();
+            if report.verdict != Verdict::SelfConsistent {
+                text.push(verify::text(&report));
+            } else {
+                text.push(verify::summary(&report) + &cost);
+            }
+            text.push(format!(
+                "{:<16}  written to this machine's own disk; for a suspect host use --store - over SSH",
+                "note"
+            ));
+            text.push(format!(
+                "{:<16}  stillframe show {} --store {}",
+                "next",
+                id,
+                printable(args.store.as_os_str().as_encoded_bytes())
+            ));
+            text.join("\n")
+        },
+    );
     Ok(match (report.verdict, status.code()) {
         (Verdict::SelfConsistent | Verdict::Verified, Some(0)) => 0,
         (Verdict::SelfConsistent | Verdict::Verified, _) => 5,
@@ -111,14 +147,23 @@ fn beside() -> Result<PathBuf> {
     if agent.is_file() {
         Ok(agent)
     } else {
-        Err(anyhow!("no agent at {}: build it (`cargo build --release`) or name one with --agent", agent.display()))
+        Err(anyhow!(
+            "no agent at {}: build it (`cargo build --release`) or name one with --agent",
+            agent.display()
+        ))
     }
 }
 
 fn orderer() -> String {
-    let user = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).or_else(|_| std::env::var("LOGNAME"));
+    let user = std::env::var("SUDO_USER")
+        .or_else(|_| std::env::var("USER"))
+        .or_else(|_| std::env::var("LOGNAME"));
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    format!("{}@{}", user.unwrap_or_else(|_| "unknown".to_owned()), host.trim())
+    format!(
+        "{}@{}",
+        user.unwrap_or_else(|_| "unknown".to_owned()),
+        host.trim()
+    )
 }
 
 /// Shows each event of the chain as the agent tells it.
@@ -127,7 +172,11 @@ fn follow(mut output: impl std::io::BufRead, args: &Args, ui: &Ui) -> Result<()>
     let mut plan: Vec<String> = Vec::new();
     loop {
         let mut line = Vec::new();
-        let read = output.by_ref().take(MAX_EVENT).read_until(b'\n', &mut line).context("reading from the agent")?;
+        let read = output
+            .by_ref()
+            .take(MAX_EVENT)
+            .read_until(b'\n', &mut line)
+            .context("reading from the agent")?;
         if read == 0 {
             return Ok(());
         }
@@ -141,7 +190,14 @@ fn show(event: &Event, plan: &mut Vec<String>, activity: &Activity, args: &Args,
         What::Opened(opening) => {
             *plan = opening.plan.iter().map(|step| step.kind.to_string()).collect();
             let kinds = count(plan.len(), "kind");
-            activity.above(ui, &format!("capture {}  this machine  profile {}  {kinds}, no memory", event.capture, printable(args.profile.as_bytes())));
+            activity.above(
+                ui,
+                &format!(
+                    "capture {}  this machine  profile {}  {kinds}, no memory",
+                    event.capture,
+                    printable(args.profile.as_bytes())
+                ),
+            );
             activity.above(ui, &format!("key     {}", opening.key));
         }
         What::Step(outcome) => activity.above(ui, &format!("  {outcome}")),

@@ -19,10 +19,17 @@ pub struct Args {
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
     let (chain, broken) = stored.chain()?;
-    let known: Vec<String> =
-        chain.opening().map(|o| o.plan.iter().map(|s| s.kind.to_string()).collect()).unwrap_or_default();
+    let known: Vec<String> = chain
+        .opening()
+        .map(|o| o.plan.iter().map(|s| s.kind.to_string()).collect())
+        .unwrap_or_default();
     if !known.iter().any(|k| k == args.kind.as_str()) {
-        bail!("capture {} has no kind {}; it has {}", stored.id, args.kind, known.join(", "));
+        bail!(
+            "capture {} has no kind {}; it has {}",
+            stored.id,
+            args.kind,
+            known.join(", ")
+        );
     }
     let mut code = 0;
     let mut wrong = |why: String| {

@@ -41,7 +41,9 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         bail!("no capture in the stream");
     }
     if let Err(error) = &ended {
-        ui.warn(&printable(format!("the stream ended early: {error:#}").as_bytes()));
+        ui.warn(&printable(
+            format!("the stream ended early: {error:#}").as_bytes(),
+        ));
     }
     let store = Store::open(&args.store)?;
     let mut code = 0;
@@ -63,7 +65,9 @@ fn receive(args: &Args, open: &mut BTreeMap<(Writer, CaptureId), Directory>, inp
     for entry in archive.entries()?.raw(true) {
         let mut entry = entry?;
         let path = entry.path_bytes();
-        let name = std::str::from_utf8(&path).map_err(|_| anyhow!("an entry's name is not UTF-8"))?.to_owned();
+        let name = std::str::from_utf8(&path)
+            .map_err(|_| anyhow!("an entry's name is not UTF-8"))?
+            .to_owned();
         drop(path);
         let (writer, id, key) = parse_evidence_key(&name).with_context(|| name.clone())?;
         if !entry.header().entry_type().is_file() {

@@ -24,17 +24,30 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     if report.verdict == Verdict::Incomplete || stale {
         let fresh = stillframe_evidence::verdict::verify(&stored, stored.id, None, None);
         let (Some(salvage), Some(path)) = (Salvage::of(&fresh), stored.salvage_path()) else {
-            bail!("capture {}: not even its first event can be read; nothing can be salvaged", stored.id);
+            bail!(
+                "capture {}: not even its first event can be read; nothing can be salvaged",
+                stored.id
+            );
         };
-        if fresh.verdict == Verdict::Incomplete && fresh.unproven.iter().any(|f| f.why.starts_with("could not be read")) {
+        if fresh.verdict == Verdict::Incomplete
+            && fresh
+                .unproven
+                .iter()
+                .any(|f| f.why.starts_with("could not be read"))
+        {
             ui.print(&fresh, || verify::text(&fresh));
-            bail!("capture {}: not everything could be read; mend that first, then salvage", stored.id);
+            bail!(
+                "capture {}: not everything could be read; mend that first, then salvage",
+                stored.id
+            );
         }
         let folder = path.parent().unwrap_or(&path);
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         let temporary = path.with_extension("json.partial");
         let mut file = fs::File::create(&temporary).with_context(|| temporary.display().to_string())?;
-        file.write_all(&salvage.object()?).and_then(|()| file.sync_all()).with_context(|| temporary.display().to_string())?;
+        file.write_all(&salvage.object()?)
+            .and_then(|()| file.sync_all())
+            .with_context(|| temporary.display().to_string())?;
         fs::rename(&temporary, &path).with_context(|| path.display().to_string())?;
     }
     let report = verify::report(&stored, None);
@@ -44,9 +57,16 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     {
         let segments: usize = salvage.artifacts.iter().map(|a| a.segments.len()).sum();
         let counted = stillframe_evidence::verdict::count(segments, "segment");
-        ui.say(&format!("{:<16}  {counted} up to {}", "holds", salvage.last_event));
+        ui.say(&format!(
+            "{:<16}  {counted} up to {}",
+            "holds", salvage.last_event
+        ));
         if !salvage.unfinished.is_empty() {
-            ui.say(&format!("{:<16}  {}", "has no outcome", salvage.unfinished.join(", ")));
+            ui.say(&format!(
+                "{:<16}  {}",
+                "has no outcome",
+                salvage.unfinished.join(", ")
+            ));
         }
     }
     Ok(report.verdict.exit_code())

@@ -82,7 +82,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
 
 fn view(stored: &Stored, chain: &Chain, broken: Option<String>) -> Result<View> {
     let mut warnings: Vec<String> = broken.into_iter().collect();
-    let (mut host, mut processes, mut details, mut sockets) = (None, BTreeMap::new(), BTreeMap::new(), Vec::new());
+    let (mut host, mut processes, mut details, mut sockets) =
+        (None, BTreeMap::new(), BTreeMap::new(), Vec::new());
     for kind in ["host", "processes", "process-details", "sockets"] {
         let kind: Kind = kind.parse()?;
         let mut unreadable = 0usize;
@@ -111,7 +112,11 @@ fn view(stored: &Stored, chain: &Chain, broken: Option<String>) -> Result<View> 
         profile: chain.opening().map(|o| o.order.profile.clone()),
         key: chain.key().to_string(),
         host,
-        unfinished: plan.iter().skip(outcomes.len()).map(|s| s.kind.to_string()).collect(),
+        unfinished: plan
+            .iter()
+            .skip(outcomes.len())
+            .map(|s| s.kind.to_string())
+            .collect(),
         outcomes,
         processes: tree(&processes, &details),
         listening,
@@ -135,7 +140,10 @@ fn tree(processes: &BTreeMap<u32, Process>, details: &BTreeMap<u32, ProcessDetai
     let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     let mut roots = Vec::new();
     for (pid, process) in processes {
-        match process.ppid.filter(|ppid| ppid != pid && processes.contains_key(ppid)) {
+        match process
+            .ppid
+            .filter(|ppid| ppid != pid && processes.contains_key(ppid))
+        {
             Some(ppid) => children.entry(ppid).or_default().push(*pid),
             None => roots.push(*pid),
         }
@@ -146,7 +154,9 @@ fn tree(processes: &BTreeMap<u32, Process>, details: &BTreeMap<u32, ProcessDetai
     for root in roots.into_iter().chain(everybody) {
         let mut stack = vec![(root, 0)];
         while let Some((pid, depth)) = stack.pop() {
-            let Some(process) = processes.get(&pid) else { continue };
+            let Some(process) = processes.get(&pid) else {
+                continue;
+            };
             if !seen.insert(pid) {
                 continue;
             }
@@ -160,7 +170,14 @@ fn tree(processes: &BTreeMap<u32, Process>, details: &BTreeMap<u32, ProcessDetai
                 started: process.started,
                 marks: marks(process, details.get(&pid)),
             });
-            stack.extend(children.get(&pid).into_iter().flatten().rev().map(|child| (*child, depth + 1)));
+            stack.extend(
+                children
+                    .get(&pid)
+                    .into_iter()
+                    .flatten()
+                    .rev()
+                    .map(|child| (*child, depth + 1)),
+            );
         }
     }
     lines
@@ -178,7 +195,10 @@ fn marks(process: &Process, details: Option<&ProcessDetails>) -> Vec<String> {
         marks.push(format!("traced by {tracer}"));
     }
     if let Some(container) = &process.container {
-        marks.push(format!("container {}", container.id.chars().take(12).collect::<String>()));
+        marks.push(format!(
+            "container {}",
+            container.id.chars().take(12).collect::<String>()
+        ));
     }
     let has = |mark: Mark| details.is_some_and(|d| d.maps.iter().any(|m| m.marks.contains(&mark)));
     if has(Mark::AnonymousExecutable) {
@@ -193,7 +213,8 @@ fn marks(process: &Process, details: Option<&ProcessDetails>) -> Vec<String> {
 fn socket_lines(sockets: Vec<Socket>, names: &BTreeMap<u32, Text>) -> (Vec<SocketLine>, Vec<SocketLine>) {
     let (mut listening, mut connected) = (Vec::new(), Vec::new());
     for socket in sockets {
-        let udp_server = socket.local.is_some() && socket.remote.is_none() && !socket.protocol.starts_with("tcp");
+        let udp_server =
+            socket.local.is_some() && socket.remote.is_none() && !socket.protocol.starts_with("tcp");
         let listens = socket.state.as_deref() == Some("LISTEN") || udp_server;
         let (is_inet, is_connected) = (socket.local.is_some(), socket.remote.is_some());
         let owner = |pid: u32| (pid, names.get(&pid).cloned().unwrap_or_default());
@@ -224,7 +245,11 @@ fn text(view: &View) -> String {
     let hostname = s.host.clone().unwrap_or_default();
     let profile = stillframe_evidence::text::printable(view.profile.as_deref().unwrap_or("?").as_bytes());
     let started = s.started.map_or_else(|| "?".to_owned(), |t| format!("{t:.0}"));
-    out.push(format!("capture {}  {}  host {hostname}  case {case}  profile {profile}", s.id, s.state.as_str()));
+    out.push(format!(
+        "capture {}  {}  host {hostname}  case {case}  profile {profile}",
+        s.id,
+        s.state.as_str()
+    ));
     out.push(format!("begun   {started}, key {}", view.key));
     if let Some(host) = &view.host {
         out.extend(host_lines(host));
@@ -234,12 +259,19 @@ fn text(view: &View) -> String {
     }
     out.push(String::new());
     out.extend(view.outcomes.iter().map(|o| format!("  {o}")));
-    out.extend(view.unfinished.iter().map(|kind| format!("  {kind:<16} no outcome: the capture ended before it")));
+    out.extend(
+        view.unfinished
+            .iter()
+            .map(|kind| format!("  {kind:<16} no outcome: the capture ended before it")),
+    );
     for outcome in view.outcomes.iter().filter(|o| o.problems.len() > 1) {
         out.push(format!("\n{}: what could not be read", outcome.kind));
         out.extend(outcome.problems.iter().map(|p| format!("  {p}")));
     }
-    out.push(format!("\n{}", count(view.processes.len(), "process").replace("processs", "processes")));
+    out.push(format!(
+        "\n{}",
+        count(view.processes.len(), "process").replace("processs", "processes")
+    ));
     out.extend(view.processes.iter().map(process_line));
     for (title, sockets) in [("listening", &view.listening), ("connected", &view.connected)] {
         out.push(format!("\n{} {title}", count(sockets.len(), "socket")));
@@ -250,7 +282,11 @@ fn text(view: &View) -> String {
 
 fn host_lines(host: &Host) -> Vec<String> {
     let mut lines = Vec::new();
-    let name = host.distribution.get("PRETTY_NAME").map(|n| format!("{n}, ")).unwrap_or_default();
+    let name = host
+        .distribution
+        .get("PRETTY_NAME")
+        .map(|n| format!("{n}, "))
+        .unwrap_or_default();
     if let Some(kernel) = &host.kernel {
         lines.push(format!("system  {name}{kernel}"));
     }
@@ -267,11 +303,20 @@ fn host_lines(host: &Host) -> Vec<String> {
 }
 
 fn process_line(line: &Line) -> String {
-    let user = line.user.as_ref().map(ToString::to_string).or(line.uid.map(|u| u.to_string())).unwrap_or_default();
+    let user = line
+        .user
+        .as_ref()
+        .map(ToString::to_string)
+        .or(line.uid.map(|u| u.to_string()))
+        .unwrap_or_default();
     let indent = "  ".repeat(line.depth.min(20));
     // Long command lines stand whole in `cat processes`.
     let shown: String = line.name.to_string().chars().take(120).collect();
-    let marks = if line.marks.is_empty() { String::new() } else { format!("   <- {}", line.marks.join(", ")) };
+    let marks = if line.marks.is_empty() {
+        String::new()
+    } else {
+        format!("   <- {}", line.marks.join(", "))
+    };
     format!("{:>8} {user:>6}  {indent}{shown}{marks}", line.pid)
 }
 
@@ -286,7 +331,9 @@ fn socket_line(socket: &SocketLine, host: Option<&Host>) -> String {
         (None, _, Some(path)) => path.to_string(),
         (None, _, None) => String::new(),
     };
-    let owner = |(pid, name): &(u32, Text)| format!("{pid} {}", name.to_string().chars().take(60).collect::<String>());
+    let owner = |(pid, name): &(u32, Text)| {
+        format!("{pid} {}", name.to_string().chars().take(60).collect::<String>())
+    };
     let owners = match socket.ownership {
         Ownership::Owned => socket.owners.iter().map(owner).collect::<Vec<_>>().join(", "),
         Ownership::Ownerless => "without an owner".to_owned(),
@@ -298,5 +345,9 @@ fn socket_line(socket: &SocketLine, host: Option<&Host>) -> String {
         Some(inode) if agents.is_some() && agents != Some(inode) => format!("  net:[{inode}]"),
         _ => String::new(),
     };
-    format!("  {:<8} {:<12} {place}{netns}   {owners}", socket.protocol, socket.state.as_deref().unwrap_or(""))
+    format!(
+        "  {:<8} {:<12} {place}{netns}   {owners}",
+        socket.protocol,
+        socket.state.as_deref().unwrap_or("")
+    )
 }

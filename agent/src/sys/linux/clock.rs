@@ -7,7 +7,10 @@ use stillframe_evidence::records::host::{Clock, Discipline};
 
 fn micros(clock: ClockId) -> Option<u64> {
     let time = clock_gettime(clock);
-    u64::try_from(time.tv_sec).ok()?.checked_mul(1_000_000)?.checked_add(u64::try_from(time.tv_nsec / 1000).ok()?)
+    u64::try_from(time.tv_sec)
+        .ok()?
+        .checked_mul(1_000_000)?
+        .checked_add(u64::try_from(time.tv_nsec / 1000).ok()?)
 }
 
 /// All clocks at once. `ordered_at` is the orderer's clock when the order was given.
@@ -40,7 +43,11 @@ fn discipline() -> Option<Discipline> {
         return None;
     }
     // STA_NANO: the offset is in nanoseconds.
-    let offset_us = if state.status & libc::STA_NANO != 0 { state.offset / 1000 } else { state.offset };
+    let offset_us = if state.status & libc::STA_NANO != 0 {
+        state.offset / 1000
+    } else {
+        state.offset
+    };
     Some(Discipline {
         synchronized: state.status & libc::STA_UNSYNC == 0,
         offset_us,

@@ -50,9 +50,16 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     });
     c.memory.seen = seen;
     let hashed = hashed.into_inner().map_or(0, |hashed| hashed.len());
-    c.note(format!("{} hashed", stillframe_evidence::verdict::count(hashed, "program")));
+    c.note(format!(
+        "{} hashed",
+        stillframe_evidence::verdict::count(hashed, "program")
+    ));
     let sum = |of: fn(&Tally) -> u64| lanes.iter().map(|(tally, _)| of(tally)).sum::<u64>();
-    for (n, what) in [(sum(|t| t.gone), "ended"), (sum(|t| t.new), "started"), (sum(|t| t.reused), "replaced")] {
+    for (n, what) in [
+        (sum(|t| t.gone), "ended"),
+        (sum(|t| t.new), "started"),
+        (sum(|t| t.reused), "replaced"),
+    ] {
         if n > 0 {
             c.note(format!("{n} {what} since the first look"));
         }
@@ -82,7 +89,10 @@ fn look_at(
     }
     let read_at = Timestamp::now();
     let mut errors = Errors::below(&source);
-    let mut details = ProcessDetails { pid, ..ProcessDetails::default() };
+    let mut details = ProcessDetails {
+        pid,
+        ..ProcessDetails::default()
+    };
     let dir = ProcDir::open(&source).ok();
     let mut kernel_thread = false;
     if let Some(stat) = dir.as_ref().and_then(|dir| dir.read("stat").ok()) {
@@ -111,7 +121,12 @@ fn look_at(
     }
     // It may end between two reads; that is the same news as its having gone before the first.
     errors.list.retain(|e| !is_gone(e.errno));
-    c.record(name, read_at, Data::ProcessDetails(Box::new(details)), errors.list);
+    c.record(
+        name,
+        read_at,
+        Data::ProcessDetails(Box::new(details)),
+        errors.list,
+    );
     c.done();
 }
 
@@ -123,7 +138,11 @@ fn read(
     hashed: &Hashed,
 ) {
     match c.touching("environ", None) {
-        Ok(()) => details.environ = errors.keep("environ", "environ", dir.read("environ")).map(|b| strings(&b)),
+        Ok(()) => {
+            details.environ = errors
+                .keep("environ", "environ", dir.read("environ"))
+                .map(|b| strings(&b))
+        }
         Err(_) => errors.avoided("environ", "environ"),
     }
     match c.touching("maps", None) {
@@ -135,12 +154,19 @@ fn read(
         Err(_) => errors.avoided("maps", "maps"),
     }
     // A process whose image is gone (a zombie) answers ENOENT.
-    let Some(path) = errors.keep_present("image", "exe", dir.path_only("exe")) else { return };
+    let Some(path) = errors.keep_present("image", "exe", dir.path_only("exe")) else {
+        return;
+    };
     // What the kernel has cached, without asking the file system, which may not answer.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let stat = statx(&path, c"", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID);
-    let Some(stat) = errors.keep("image", "exe", stat.map_err(io::Error::from)) else { return };
-    let known = hashed.lock().ok().and_then(|all| all.get(&identity(&stat)).cloned());
+    let Some(stat) = errors.keep("image", "exe", stat.map_err(io::Error::from)) else {
+        return;
+    };
+    let known = hashed
+        .lock()
+        .ok()
+        .and_then(|all| all.get(&identity(&stat)).cloned());
     let known = known.and_then(|slot| slot.try_lock().ok().and_then(|hash| *hash));
     let mount = Some(stat.stx_mnt_id).filter(|_| stat.stx_mask & StatxFlags::MNT_ID.bits() != 0);
     match known.map_or_else(|| c.touching("image", mount), |_| Ok(())) {
@@ -151,7 +177,13 @@ fn read(
 
 fn identity(stat: &Statx) -> (u64, u64, u64, i64, u32) {
     let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
-    (device, stat.stx_ino, stat.stx_size, stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec)
+    (
+        device,
+        stat.stx_ino,
+        stat.stx_size,
+        stat.stx_ctime.tv_sec,
+        stat.stx_ctime.tv_nsec,
+    )
 }
 
 fn read_image(c: &mut Collection, path: &OwnedFd, stat: &Statx, hashed: &Hashed) -> io::Result<Image> {
@@ -163,9 +195,13 @@ fn read_image(c: &mut Collection, path: &OwnedFd, stat: &Statx, hashed: &Hashed)
         None
     } else {
         // Another lane may be at the same file: it is waited for rather than read twice.
-        let slot = hashed.lock().map(|mut all| all.entry(identity).or_default().clone());
+        let slot = hashed
+            .lock()
+            .map(|mut all| all.entry(identity).or_default().clone());
         let slot = slot.map_err(|_| io::Error::other("another lane failed"))?;
-        let mut slot = slot.lock().map_err(|_| io::Error::other("another lane failed at it"))?;
+        let mut slot = slot
+            .lock()
+            .map_err(|_| io::Error::other("another lane failed at it"))?;
         if slot.is_none() {
             *slot = Some(hash(c, File::from(reopen(path)?), stat.stx_size)?);
         }
@@ -192,9 +228,13 @@ fn hash(c: &mut Collection, mut file: File, size: u64) -> io::Result<Hash> {
     let mut left = size;
     loop {
         let n = file.read(&mut buffer)?;
-        let Some(bytes) = buffer.get(..n).filter(|b| !b.is_empty()) else { break };
+        let Some(bytes) = buffer.get(..n).filter(|b| !b.is_empty()) else {
+            break;
+        };
         // A file that grows while it is read would never end.
-        left = left.checked_sub(n as u64).ok_or_else(|| io::Error::other("it grew while it was read"))?;
+        left = left
+            .checked_sub(n as u64)
+            .ok_or_else(|| io::Error::other("it grew while it was read"))?;
         sha256.update(bytes);
         c.alive();
     }
@@ -236,17 +276,34 @@ fn mapping(line: &[u8]) -> Option<Mapping> {
 fn marks(permissions: &[u8], inode: u64, path: &[u8]) -> Vec<Mark> {
     let has = |b: u8| permissions.contains(&b);
     // Pages that the kernel itself puts into every process.
-    let kernels_own = [&b"[vdso]"[..], b"[vvar]", b"[vsyscall]", b"[vvar_vclock]", b"[uprobes]"].contains(&path);
+    let kernels_own = [
+        &b"[vdso]"[..],
+        b"[vvar]",
+        b"[vsyscall]",
+        b"[vvar_vclock]",
+        b"[uprobes]",
+    ]
+    .contains(&path);
     let memfd = path.starts_with(b"/memfd:");
     // Shared anonymous memory, which the kernel shows as a deleted file.
     let shared_anonymous = path == b"/dev/zero (deleted)" || path.starts_with(b"/SYSV");
     let tests = [
-        (Mark::AnonymousExecutable, has(b'x') && !kernels_own && (inode == 0 || shared_anonymous)),
+        (
+            Mark::AnonymousExecutable,
+            has(b'x') && !kernels_own && (inode == 0 || shared_anonymous),
+        ),
         (Mark::WritableExecutable, has(b'x') && has(b'w')),
-        (Mark::DeletedFile, path.ends_with(b" (deleted)") && !memfd && !shared_anonymous),
+        (
+            Mark::DeletedFile,
+            path.ends_with(b" (deleted)") && !memfd && !shared_anonymous,
+        ),
         (Mark::Memfd, memfd),
     ];
-    tests.into_iter().filter(|(_, true_of_it)| *true_of_it).map(|(mark, _)| mark).collect()
+    tests
+        .into_iter()
+        .filter(|(_, true_of_it)| *true_of_it)
+        .map(|(mark, _)| mark)
+        .collect()
 }
 
 #[cfg(test)]
@@ -257,13 +314,41 @@ mod tests {
     #[test]
     fn paths_keep_their_blanks_and_marks_are_right() {
         let cases: [(&str, Option<&str>, &[Mark]); 8] = [
-            ("00400000-00452000 r-xp 00000000 08:02 173521      /usr/bin/a  b c", Some("/usr/bin/a  b c"), &[]),
-            ("7f00-7f10 rwxp 00000000 00:00 0 ", None, &[Mark::AnonymousExecutable, Mark::WritableExecutable]),
-            ("7f00-7f10 r-xp 00000000 00:00 0                          [vdso]", Some("[vdso]"), &[]),
-            ("7f00-7f10 r-xp 00000000 00:01 9 /memfd:x (deleted)", Some("/memfd:x (deleted)"), &[Mark::Memfd]),
-            ("7f00-7f10 r--p 00000000 08:01 9 /tmp/x (deleted)", Some("/tmp/x (deleted)"), &[Mark::DeletedFile]),
-            ("7f00-7f10 rw-s 00000000 00:01 9 /dev/zero (deleted)", Some("/dev/zero (deleted)"), &[]),
-            ("7f00-7f10 r-xs 00000000 00:01 9 /dev/zero (deleted)", Some("/dev/zero (deleted)"), &[Mark::AnonymousExecutable]),
+            (
+                "00400000-00452000 r-xp 00000000 08:02 173521      /usr/bin/a  b c",
+                Some("/usr/bin/a  b c"),
+                &[],
+            ),
+            (
+                "7f00-7f10 rwxp 00000000 00:00 0 ",
+                None,
+                &[Mark::AnonymousExecutable, Mark::WritableExecutable],
+            ),
+            (
+                "7f00-7f10 r-xp 00000000 00:00 0                          [vdso]",
+                Some("[vdso]"),
+                &[],
+            ),
+            (
+                "7f00-7f10 r-xp 00000000 00:01 9 /memfd:x (deleted)",
+                Some("/memfd:x (deleted)"),
+                &[Mark::Memfd],
+            ),
+            (
+                "7f00-7f10 r--p 00000000 08:01 9 /tmp/x (deleted)",
+                Some("/tmp/x (deleted)"),
+                &[Mark::DeletedFile],
+            ),
+            (
+                "7f00-7f10 rw-s 00000000 00:01 9 /dev/zero (deleted)",
+                Some("/dev/zero (deleted)"),
+                &[],
+            ),
+            (
+                "7f00-7f10 r-xs 00000000 00:01 9 /dev/zero (deleted)",
+                Some("/dev/zero (deleted)"),
+                &[Mark::AnonymousExecutable],
+            ),
             ("7f00-7f10 rw-p 00000000 00:00 0 [heap]", Some("[heap]"), &[]),
         ];
         for (line, path, marks) in cases {

@@ -17,7 +17,13 @@ use stillframe_evidence::{
 };
 
 const DMI: [&str; 8] = [
-    "sys_vendor", "product_name", "product_version", "product_uuid", "board_vendor", "board_asset_tag", "bios_vendor",
+    "sys_vendor",
+    "product_name",
+    "product_version",
+    "product_uuid",
+    "board_vendor",
+    "board_asset_tag",
+    "bios_vendor",
     "bios_version",
 ];
 
@@ -32,7 +38,12 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     if host.agent_contained == Some(true) {
         c.note("the agent runs inside a container's namespaces: this is not the whole host".to_owned());
     }
-    c.record(c.path("proc").as_os_str().as_encoded_bytes(), read_at, Data::Host(Box::new(host)), errors.list);
+    c.record(
+        c.path("proc").as_os_str().as_encoded_bytes(),
+        read_at,
+        Data::Host(Box::new(host)),
+        errors.list,
+    );
     Ok(())
 }
 
@@ -53,7 +64,9 @@ fn local_identity(root: &Path) -> Identity {
         hostname: line("proc/sys/kernel/hostname").unwrap_or_default(),
         os: "linux".to_owned(),
         boot_id: line("proc/sys/kernel/random/boot_id"),
-        machine_id: proc::read_regular(&root.join("etc/machine-id"), 4096).ok().map(|b| Text::from(b.trim_ascii())),
+        machine_id: proc::read_regular(&root.join("etc/machine-id"), 4096)
+            .ok()
+            .map(|b| Text::from(b.trim_ascii())),
         instance: None::<Instance>,
     }
 }
@@ -75,8 +88,12 @@ fn read(c: &mut Collection, errors: &mut Errors) -> Host {
         booted: booted(),
         lockdown: keep("lockdown", "sys/kernel/security/lockdown").and_then(|b| selected(&b)),
         modprobe: keep("modprobe", "proc/sys/kernel/modprobe").map(trimmed),
-        taint: keep("taint", "proc/sys/kernel/tainted").and_then(|b| number(b.trim_ascii())).map(taint),
-        swaps: keep("swaps", "proc/swaps").map(|b| lines(&b).skip(1).filter_map(swap).collect()).unwrap_or_default(),
+        taint: keep("taint", "proc/sys/kernel/tainted")
+            .and_then(|b| number(b.trim_ascii()))
+            .map(taint),
+        swaps: keep("swaps", "proc/swaps")
+            .map(|b| lines(&b).skip(1).filter_map(swap).collect())
+            .unwrap_or_default(),
         memory: keep("memory", "proc/meminfo").and_then(|b| memory(&b)),
         ..Host::default()
     };
@@ -89,11 +106,19 @@ fn read(c: &mut Collection, errors: &mut Errors) -> Host {
     }
     if let Some(cpuinfo) = keep("processors", "proc/cpuinfo") {
         let value = |name: &[u8]| {
-            lines(&cpuinfo).find_map(|l| Some(l.strip_prefix(name)?.trim_ascii_start().strip_prefix(b":")?.trim_ascii()))
+            lines(&cpuinfo).find_map(|l| {
+                Some(
+                    l.strip_prefix(name)?
+                        .trim_ascii_start()
+                        .strip_prefix(b":")?
+                        .trim_ascii(),
+                )
+            })
         };
         host.processors = Some(lines(&cpuinfo).filter(|l| l.starts_with(b"processor")).count() as u64);
         host.processor = value(b"model name").map(Text::from);
-        host.virtualization.hypervisor_bit = value(b"flags").map(|flags| fields(flags).any(|f| f == b"hypervisor"));
+        host.virtualization.hypervisor_bit =
+            value(b"flags").map(|flags| fields(flags).any(|f| f == b"hypervisor"));
     }
     host.virtualization.hypervisor_type = keep("hypervisor", "sys/hypervisor/type").map(trimmed);
     host.virtualization.dmi = dmi(c.root(), errors);
@@ -102,7 +127,9 @@ fn read(c: &mut Collection, errors: &mut Errors) -> Host {
     if let Some(bytes) = errors.keep_present("distribution", "/etc/os-release", os_release) {
         host.distribution = lines(&bytes).filter_map(assignment).collect();
     }
-    host.timezone = std::fs::read_link(c.path("etc/localtime")).ok().map(|t| Text::from(t.as_os_str().as_encoded_bytes()));
+    host.timezone = std::fs::read_link(c.path("etc/localtime"))
+        .ok()
+        .map(|t| Text::from(t.as_os_str().as_encoded_bytes()));
     host.agent_namespaces = namespaces();
     host.agent_contained = contained(&host.agent_namespaces);
     host
@@ -111,10 +138,15 @@ fn read(c: &mut Collection, errors: &mut Errors) -> Host {
 fn dmi(root: &Path, errors: &mut Errors) -> BTreeMap<String, Text> {
     let read = |name: &&str| {
         let path = root.join("sys/class/dmi/id").join(name);
-        let value = errors.keep_present("dmi", path.as_os_str().as_encoded_bytes(), proc::read_line(&path))?;
+        let value =
+            errors.keep_present("dmi", path.as_os_str().as_encoded_bytes(), proc::read_line(&path))?;
         Some(((*name).to_owned(), value))
     };
-    DMI.iter().filter_map(read).collect::<Vec<_>>().into_iter().collect()
+    DMI.iter()
+        .filter_map(read)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .collect()
 }
 
 fn memory(meminfo: &[u8]) -> Option<Memory> {
@@ -146,26 +178,54 @@ fn selected(line: &[u8]) -> Option<Text> {
 
 /// `KEY="value"` of os-release(5).
 fn assignment(line: &[u8]) -> Option<(String, Text)> {
-    let equals = line.iter().position(|b| *b == b'=').filter(|_| !line.starts_with(b"#"))?;
+    let equals = line
+        .iter()
+        .position(|b| *b == b'=')
+        .filter(|_| !line.starts_with(b"#"))?;
     let value = line.get(equals + 1..)?;
-    let unquoted = [b"\"", b"'"].iter().find_map(|q| value.strip_prefix(*q)?.strip_suffix(*q));
-    Some((stillframe_evidence::text::printable(line.get(..equals)?), Text::from(unquoted.unwrap_or(value))))
+    let unquoted = [b"\"", b"'"]
+        .iter()
+        .find_map(|q| value.strip_prefix(*q)?.strip_suffix(*q));
+    Some((
+        stillframe_evidence::text::printable(line.get(..equals)?),
+        Text::from(unquoted.unwrap_or(value)),
+    ))
 }
 
 /// Documentation/admin-guide/tainted-kernels.rst
 const TAINTS: [&str; 20] = [
-    "proprietary module was loaded", "module was force loaded", "kernel running on an out of specification system",
-    "module was force unloaded", "processor reported a machine check exception", "bad page referenced",
-    "taint requested by userspace", "kernel died recently", "ACPI table overridden by user", "kernel issued warning",
-    "staging driver was loaded", "workaround for bug in platform firmware applied", "externally-built module was loaded",
-    "unsigned module was loaded", "soft lockup occurred", "kernel has been live patched", "auxiliary taint",
-    "kernel was built with the struct randomization plugin", "an in-kernel test has been run",
+    "proprietary module was loaded",
+    "module was force loaded",
+    "kernel running on an out of specification system",
+    "module was force unloaded",
+    "processor reported a machine check exception",
+    "bad page referenced",
+    "taint requested by userspace",
+    "kernel died recently",
+    "ACPI table overridden by user",
+    "kernel issued warning",
+    "staging driver was loaded",
+    "workaround for bug in platform firmware applied",
+    "externally-built module was loaded",
+    "unsigned module was loaded",
+    "soft lockup occurred",
+    "kernel has been live patched",
+    "auxiliary taint",
+    "kernel was built with the struct randomization plugin",
+    "an in-kernel test has been run",
     "userspace used a mutating debug operation in fwctl",
 ];
 
 fn taint(bits: u64) -> Taint {
-    let reasons = TAINTS.iter().enumerate().filter(|(bit, _)| bits >> bit & 1 == 1).map(|(_, why)| (*why).to_owned());
-    Taint { bits, reasons: reasons.collect() }
+    let reasons = TAINTS
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| bits >> bit & 1 == 1)
+        .map(|(_, why)| (*why).to_owned());
+    Taint {
+        bits,
+        reasons: reasons.collect(),
+    }
 }
 
 /// Inodes of the namespaces that the kernel booted with (include/linux/proc_ns.h; `net` and `mnt` have one since 6.18).
@@ -184,7 +244,11 @@ fn namespaces() -> BTreeMap<String, Namespace> {
     let read = |(kind, fixed, always): &(&str, u64, bool)| {
         let link = std::fs::read_link(format!("/proc/self/ns/{kind}")).ok()?;
         let inode = bracketed(link.as_os_str().as_encoded_bytes(), kind)?;
-        let initial = if inode == *fixed { Some(true) } else { always.then_some(false) };
+        let initial = if inode == *fixed {
+            Some(true)
+        } else {
+            always.then_some(false)
+        };
         Some(((*kind).to_owned(), Namespace { inode, initial }))
     };
     INITIAL.iter().filter_map(read).collect()
@@ -196,7 +260,10 @@ fn contained(namespaces: &BTreeMap<String, Namespace>) -> Option<bool> {
         return Some(true);
     }
     let inode = |path: &str| -> io::Result<Option<u64>> {
-        Ok(bracketed(std::fs::read_link(path)?.as_os_str().as_encoded_bytes(), "mnt"))
+        Ok(bracketed(
+            std::fs::read_link(path)?.as_os_str().as_encoded_bytes(),
+            "mnt",
+        ))
     };
     Some(inode("/proc/1/ns/mnt").ok()? != inode("/proc/self/ns/mnt").ok()?)
 }
@@ -207,11 +274,27 @@ mod tests {
 
     #[test]
     fn small_files() {
-        assert_eq!(selected(b"none [integrity] confidentiality\n"), Some(Text::from("integrity")));
-        assert_eq!(assignment(b"PRETTY_NAME=\"Debian \xff\""), Some(("PRETTY_NAME".into(), Text::from(b"Debian \xff"))));
+        assert_eq!(
+            selected(b"none [integrity] confidentiality\n"),
+            Some(Text::from("integrity"))
+        );
+        assert_eq!(
+            assignment(b"PRETTY_NAME=\"Debian \xff\""),
+            Some(("PRETTY_NAME".into(), Text::from(b"Debian \xff")))
+        );
         assert_eq!(assignment(b"# no=comment"), None);
         let swap = swap(b"/swap\\040file file 1048572 256 -2").unwrap();
-        assert_eq!((swap.path, swap.size, swap.used), (Text::from("/swap file"), 1_048_572 * 1024, 256 * 1024));
-        assert_eq!(taint(0x3001).reasons, ["proprietary module was loaded", "externally-built module was loaded", "unsigned module was loaded"]);
+        assert_eq!(
+            (swap.path, swap.size, swap.used),
+            (Text::from("/swap file"), 1_048_572 * 1024, 256 * 1024)
+        );
+        assert_eq!(
+            taint(0x3001).reasons,
+            [
+                "proprietary module was loaded",
+                "externally-built module was loaded",
+                "unsigned module was loaded"
+            ]
+        );
     }
 }

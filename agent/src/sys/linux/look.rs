@@ -33,9 +33,14 @@ impl Look {
     /// Takes note of an open file.
     pub fn fd(&mut self, pid: u32, fd: u32, target: &[u8]) {
         if let Some(inode) = bracketed(target, "socket") {
-            self.owners.entry(inode).or_default().push(Owner { pid, fd: Some(fd) });
+            self.owners
+                .entry(inode)
+                .or_default()
+                .push(Owner { pid, fd: Some(fd) });
         } else if let Some(inode) = bracketed(target, "net") {
-            self.netns_fds.entry(inode).or_insert_with(|| format!("{pid}/fd/{fd}"));
+            self.netns_fds
+                .entry(inode)
+                .or_insert_with(|| format!("{pid}/fd/{fd}"));
         }
     }
 
@@ -72,11 +77,17 @@ impl Look {
         for (inode, owners) in other.owners {
             self.owners.entry(inode).or_default().extend(owners);
         }
-        other.netns.into_iter().for_each(|(inode, who)| who.into_iter().for_each(|w| self.in_netns(inode, w)));
+        other
+            .netns
+            .into_iter()
+            .for_each(|(inode, who)| who.into_iter().for_each(|w| self.in_netns(inode, w)));
         for (inode, pids) in other.mntns {
             pids.into_iter().for_each(|pid| self.namespace(pid, "mnt", inode));
         }
-        other.netns_fds.into_iter().for_each(|(inode, file)| _ = self.netns_fds.entry(inode).or_insert(file));
+        other
+            .netns_fds
+            .into_iter()
+            .for_each(|(inode, file)| _ = self.netns_fds.entry(inode).or_insert(file));
         self.closed.extend(other.closed);
     }
 
@@ -94,19 +105,30 @@ impl Look {
 
     /// A look at what every process holds now, for nothing else.
     pub fn scan(root: &Path) -> io::Result<Self> {
-        let mut look = Look { whole: true, ..Look::default() };
+        let mut look = Look {
+            whole: true,
+            ..Look::default()
+        };
         for pid in ProcDir::open(&root.join("proc"))?.numbers(".")? {
-            let Ok(dir) = ProcDir::open(&root.join(format!("proc/{pid}"))) else { continue };
+            let Ok(dir) = ProcDir::open(&root.join(format!("proc/{pid}"))) else {
+                continue;
+            };
             for kind in ["net", "mnt"] {
-                if let Some(inode) = dir.link(&format!("ns/{kind}")).ok().and_then(|l| bracketed(&l, kind)) {
+                if let Some(inode) = dir
+                    .link(&format!("ns/{kind}"))
+                    .ok()
+                    .and_then(|l| bracketed(&l, kind))
+                {
                     look.namespace(pid, kind, inode);
                 }
             }
             match dir.numbers("fd") {
-                Ok(fds) => fds.into_iter().for_each(|fd| match dir.link(&format!("fd/{fd}")) {
-                    Ok(target) => look.fd(pid, fd, &target),
-                    Err(error) => look.unread(pid, &error),
-                }),
+                Ok(fds) => fds
+                    .into_iter()
+                    .for_each(|fd| match dir.link(&format!("fd/{fd}")) {
+                        Ok(target) => look.fd(pid, fd, &target),
+                        Err(error) => look.unread(pid, &error),
+                    }),
                 Err(error) => look.unread(pid, &error),
             }
             if thread_count(&dir).is_some_and(|n| n > 1) {
@@ -119,6 +141,9 @@ impl Look {
 
 fn thread_count(dir: &ProcDir) -> Option<u64> {
     let stat = dir.read("stat").ok()?;
-    let behind = stat.iter().rposition(|b| *b == b')').and_then(|at| stat.get(at + 1..))?;
+    let behind = stat
+        .iter()
+        .rposition(|b| *b == b')')
+        .and_then(|at| stat.get(at + 1..))?;
     number(fields(behind).nth(17)?)
 }

@@ -3,18 +3,20 @@
 use super::proc::{self, fields, hex, lines, number};
 use crate::collect::{Collection, Errors, Unsupported};
 use jiff::Timestamp;
-use std::{
-    collections::BTreeMap,
-    io,
-    os::unix::ffi::OsStrExt as _,
-    path::Path,
-};
+use std::{collections::BTreeMap, io, os::unix::ffi::OsStrExt as _, path::Path};
 use stillframe_evidence::{
     records::{Data, modules::Module},
     text::Text,
 };
 
-const SYSFS: [&str; 6] = ["version", "srcversion", "initstate", "coresize", "initsize", "taint"];
+const SYSFS: [&str; 6] = [
+    "version",
+    "srcversion",
+    "initstate",
+    "coresize",
+    "initsize",
+    "taint",
+];
 
 /// Every module of either list, by name.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
@@ -25,21 +27,26 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     match proc::read(&procfs) {
         Ok(bytes) => found.extend(lines(&bytes).filter_map(parse).map(|m| (m.name.0.clone(), m))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(Unsupported("this kernel has no loadable modules: /proc/modules does not exist".to_owned()));
+            return Err(Unsupported(
+                "this kernel has no loadable modules: /proc/modules does not exist".to_owned(),
+            ));
         }
         Err(error) => c.unread("modules", source, &error),
     }
     let sysfs = c.path("sys/module");
     match std::fs::read_dir(&sysfs) {
         // Code that is built in has a folder here too, but nothing that can be in a state.
-        Ok(entries) => entries.flatten().filter(|e| e.path().join("initstate").exists()).for_each(|entry| {
-            let name = entry.file_name();
-            let module = found.entry(name.as_bytes().to_vec()).or_insert_with(|| Module {
-                name: Text::from(name.as_bytes()),
-                ..Module::default()
-            });
-            module.seen_in.push("sysfs".to_owned());
-        }),
+        Ok(entries) => entries
+            .flatten()
+            .filter(|e| e.path().join("initstate").exists())
+            .for_each(|entry| {
+                let name = entry.file_name();
+                let module = found.entry(name.as_bytes().to_vec()).or_insert_with(|| Module {
+                    name: Text::from(name.as_bytes()),
+                    ..Module::default()
+                });
+                module.seen_in.push("sysfs".to_owned());
+            }),
         Err(error) => c.unread("modules", sysfs.as_os_str().as_encoded_bytes(), &error),
     }
     let mut hidden = 0u64;
@@ -64,7 +71,9 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 fn read_sysfs(folder: &Path, module: &mut Module, errors: &mut Errors) {
     for name in SYSFS {
         let path = folder.join(name);
-        if let Some(value) = errors.keep_present(name, path.as_os_str().as_encoded_bytes(), proc::read_line(&path)) {
+        if let Some(value) =
+            errors.keep_present(name, path.as_os_str().as_encoded_bytes(), proc::read_line(&path))
+        {
             module.sysfs.insert(name.to_owned(), value);
         }
     }
@@ -82,10 +91,16 @@ fn parse(line: &[u8]) -> Option<Module> {
         seen_in: vec!["procfs".to_owned()],
         size,
         references,
-        used_by: users.split(|b| *b == b',').filter(|u| !u.is_empty() && *u != b"-").map(Text::from).collect(),
+        used_by: users
+            .split(|b| *b == b',')
+            .filter(|u| !u.is_empty() && *u != b"-")
+            .map(Text::from)
+            .collect(),
         state: fields.next().map(Text::from),
         address: fields.next().and_then(|a| hex(a.strip_prefix(b"0x")?)),
-        taint: fields.next().and_then(|t| Some(Text::from(t.strip_prefix(b"(")?.strip_suffix(b")")?))),
+        taint: fields
+            .next()
+            .and_then(|t| Some(Text::from(t.strip_prefix(b"(")?.strip_suffix(b")")?))),
         sysfs: BTreeMap::new(),
     })
 }
@@ -96,12 +111,19 @@ mod tests {
 
     #[test]
     fn a_line_of_proc_modules() {
-        let module = parse(b"nf_nat 61440 2 nft_chain_nat,xt_MASQUERADE, Live 0xffffffffc0a1b000 (OE)").unwrap();
+        let module =
+            parse(b"nf_nat 61440 2 nft_chain_nat,xt_MASQUERADE, Live 0xffffffffc0a1b000 (OE)").unwrap();
         assert_eq!((module.size, module.references), (Some(61440), Some(2)));
-        assert_eq!(module.used_by, [Text::from("nft_chain_nat"), Text::from("xt_MASQUERADE")]);
+        assert_eq!(
+            module.used_by,
+            [Text::from("nft_chain_nat"), Text::from("xt_MASQUERADE")]
+        );
         assert_eq!(module.address, Some(0xffff_ffff_c0a1_b000));
         assert_eq!(module.taint, Some(Text::from("OE")));
         let module = parse(b"virtio_blk 28672 1 - Live 0x0000000000000000").unwrap();
-        assert_eq!((module.used_by.len(), module.taint, module.address), (0, None, Some(0)));
+        assert_eq!(
+            (module.used_by.len(), module.taint, module.address),
+            (0, None, Some(0))
+        );
     }
 }

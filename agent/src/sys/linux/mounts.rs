@@ -18,7 +18,11 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     if !c.memory.look.whole {
         match Look::scan(c.root()) {
             Ok(look) => c.memory.look = look,
-            Err(error) => c.unread("namespaces", c.path("proc").as_os_str().as_encoded_bytes(), &error),
+            Err(error) => c.unread(
+                "namespaces",
+                c.path("proc").as_os_str().as_encoded_bytes(),
+                &error,
+            ),
         }
     }
     let mut namespaces = c.memory.look.mntns.clone();
@@ -33,7 +37,12 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             continue;
         }
         if c.touching("mountinfo", None).is_err() {
-            c.problem("mountinfo", &name, None, "not read: a worker that read here was lost");
+            c.problem(
+                "mountinfo",
+                &name,
+                None,
+                "not read: a worker that read here was lost",
+            );
             continue;
         }
         let read_at = Timestamp::now();
@@ -56,10 +65,24 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         for line in lines(&bytes) {
             match parse(line) {
                 Some(mount) => {
-                    let mount = Mount { mntns: (inode != 0).then_some(inode), seen_by: pid, ..mount };
-                    c.record(path.as_os_str().as_encoded_bytes(), read_at, Data::Mount(Box::new(mount)), Vec::new());
+                    let mount = Mount {
+                        mntns: (inode != 0).then_some(inode),
+                        seen_by: pid,
+                        ..mount
+                    };
+                    c.record(
+                        path.as_os_str().as_encoded_bytes(),
+                        read_at,
+                        Data::Mount(Box::new(mount)),
+                        Vec::new(),
+                    );
                 }
-                None => c.problem("mountinfo", path.as_os_str().as_encoded_bytes(), None, "a line of unknown form"),
+                None => c.problem(
+                    "mountinfo",
+                    path.as_os_str().as_encoded_bytes(),
+                    None,
+                    "a line of unknown form",
+                ),
             }
         }
         c.done();
@@ -98,10 +121,16 @@ mod tests {
 
     #[test]
     fn escapes_and_optional_fields() {
-        let mount = parse(b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 shared:2 - ext3 /dev/\xff rw,errors=continue").unwrap();
+        let mount = parse(
+            b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 shared:2 - ext3 /dev/\xff rw,errors=continue",
+        )
+        .unwrap();
         assert_eq!(mount.target, Text::from("/mnt 2"));
         assert_eq!(mount.propagation.len(), 2);
-        assert_eq!((mount.fstype, mount.source_device), (Text::from("ext3"), Text::from(b"/dev/\xff")));
+        assert_eq!(
+            (mount.fstype, mount.source_device),
+            (Text::from("ext3"), Text::from(b"/dev/\xff"))
+        );
         assert!(parse(b"36 35 98:0 / /x rw - ").is_none());
         assert!(parse(b"36 35 98:0 / /x rw - tmpfs").is_some());
     }

@@ -23,7 +23,12 @@ pub fn dump(
     body: &[u8],
     mut each: impl FnMut(u16, &[u8]),
 ) -> io::Result<bool> {
-    let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)?;
+    let socket = socket_with(
+        AddressFamily::NETLINK,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        protocol,
+    )?;
     set_socket_timeout(&socket, Timeout::Recv, Some(Duration::from_secs(1)))?;
     let length = u32::try_from(16 + body.len()).map_err(io::Error::other)?;
     let mut request = Vec::with_capacity(16 + body.len());
@@ -64,7 +69,12 @@ fn split(bytes: &[u8]) -> Option<(u16, u16, &[u8], &[u8])> {
     let length = usize::try_from(u32::from_ne_bytes([a, b, c, d])).ok()?;
     let body = bytes.get(16..length)?;
     let rest = bytes.get(length.next_multiple_of(4).min(bytes.len())..)?;
-    Some((u16::from_ne_bytes([kind_a, kind_b]), u16::from_ne_bytes([flags_a, flags_b]), body, rest))
+    Some((
+        u16::from_ne_bytes([kind_a, kind_b]),
+        u16::from_ne_bytes([flags_a, flags_b]),
+        body,
+        rest,
+    ))
 }
 
 /// The attributes of a message: type (without the nesting bits) and value.

@@ -21,6 +21,9 @@ use std::{
 
 const NSFS_MAGIC: i64 = 0x6e73_6673;
 
+/// A file of procfs's `net` folder: its name, where it was read, what was read.
+pub type Table = (&'static str, PathBuf, io::Result<Vec<u8>>);
+
 /// A network namespace.
 pub struct Netns {
     /// Its inode.
@@ -43,20 +46,27 @@ pub fn all(c: &Collection, look: &Look) -> Vec<Netns> {
         netns.inhabitants = who.iter().map(|who| c.path("proc").join(who)).collect();
     }
     if let Some(inode) = own {
-        entry(&mut found, inode, own).inhabitants.push(PathBuf::from("/proc/thread-self"));
+        entry(&mut found, inode, own)
+            .inhabitants
+            .push(PathBuf::from("/proc/thread-self"));
     }
     for (inode, file) in &look.netns_fds {
-        entry(&mut found, *inode, own).files.push(c.path("proc").join(file));
+        entry(&mut found, *inode, own)
+            .files
+            .push(c.path("proc").join(file));
     }
     for pids in look.mntns.values() {
-        let Some((pid, mountinfo)) = pids.iter().find_map(|pid| {
-            Some((pid, proc::read(&c.path(format!("proc/{pid}/mountinfo"))).ok()?))
-        }) else {
+        let Some((pid, mountinfo)) = pids
+            .iter()
+            .find_map(|pid| Some((pid, proc::read(&c.path(format!("proc/{pid}/mountinfo"))).ok()?)))
+        else {
             continue;
         };
         for line in lines(&mountinfo) {
             let mut line = fields(line).skip(3);
-            let (Some(root), Some(target)) = (line.next(), line.next()) else { continue };
+            let (Some(root), Some(target)) = (line.next(), line.next()) else {
+                continue;
+            };
             if let Some(inode) = bracketed(root, "net") {
                 let target = proc::unescape(target);
                 let inside = target.as_bytes().strip_prefix(b"/").unwrap_or(target.as_bytes());
@@ -69,19 +79,25 @@ pub fn all(c: &Collection, look: &Look) -> Vec<Netns> {
 }
 
 fn entry(found: &mut BTreeMap<u64, Netns>, inode: u64, own: Option<u64>) -> &mut Netns {
-    let new = || Netns { inode, inhabitants: Vec::new(), files: Vec::new(), own: own == Some(inode) };
+    let new = || Netns {
+        inode,
+        inhabitants: Vec::new(),
+        files: Vec::new(),
+        own: own == Some(inode),
+    };
     found.entry(inode).or_insert_with(new)
 }
 
 impl Netns {
     /// Files of procfs's `net` folder for this namespace, with the path that each was read from. Absent ones are left
     /// out: a kernel without IPv6 has no `tcp6`.
-    pub fn tables(&self, names: &[&'static str]) -> io::Result<Vec<(&'static str, PathBuf, io::Result<Vec<u8>>)>> {
+    pub fn tables(&self, names: &[&'static str]) -> io::Result<Vec<Table>> {
         for folder in &self.inhabitants {
             let net = folder.join("net");
             // The process may have ended, and its id may now mean one in another namespace.
             let link = std::fs::read_link(folder.join("ns/net"));
-            let is_there = |link: PathBuf| bracketed(link.as_os_str().as_encoded_bytes(), "net") == Some(self.inode);
+            let is_there =
+                |link: PathBuf| bracketed(link.as_os_str().as_encoded_bytes(), "net") == Some(self.inode);
             if !self.own && !link.is_ok_and(is_there) {
                 continue;
             }
@@ -122,7 +138,10 @@ impl Netns {
 /// Opens a namespace file, and never anything else that lies in its place.
 fn open_nsfs(path: &Path) -> io::Result<(OwnedFd, u64)> {
     let fd = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    #[allow(clippy::useless_conversion, reason = "the width of f_type differs between platforms")]
+    #[allow(
+        clippy::useless_conversion,
+        reason = "the width of f_type differs between platforms"
+    )]
     if i64::from(fstatfs(&fd)?.f_type) != NSFS_MAGIC {
         return Err(io::Error::other("is no namespace"));
     }
@@ -131,7 +150,7 @@ fn open_nsfs(path: &Path) -> io::Result<(OwnedFd, u64)> {
     Ok((fd, inode))
 }
 
-fn read_tables(net: &Path, names: &[&'static str]) -> Vec<(&'static str, PathBuf, io::Result<Vec<u8>>)> {
+fn read_tables(net: &Path, names: &[&'static str]) -> Vec<Table> {
     let read = |name: &&'static str| {
         let path = net.join(name);
         match proc::read(&path) {

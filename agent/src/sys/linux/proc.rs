@@ -52,7 +52,12 @@ impl ProcDir {
 
     /// A file in it without opening what it stands for (`O_PATH`): nothing of its file system is asked.
     pub fn path_only(&self, name: &str) -> io::Result<OwnedFd> {
-        Ok(openat(&self.0, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+        Ok(openat(
+            &self.0,
+            name,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?)
     }
 }
 
@@ -67,7 +72,10 @@ fn drain(fd: OwnedFd, max: usize) -> io::Result<Vec<u8>> {
         scratch.clear();
         File::from(fd).take(max as u64 + 1).read_to_end(scratch)?;
         if scratch.len() > max {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {max} bytes")));
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("more than {max} bytes"),
+            ));
         }
         let bytes = scratch.to_vec();
         scratch.shrink_to(1 << 20);
@@ -91,7 +99,10 @@ pub fn read_regular(path: &Path, max: usize) -> io::Result<Vec<u8>> {
     let fd = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
     if kind != FileType::RegularFile {
-        return Err(io::Error::other(format!("is a {}, not a regular file", name_of(kind))));
+        return Err(io::Error::other(format!(
+            "is a {}, not a regular file",
+            name_of(kind)
+        )));
     }
     drain(reopen(&fd)?, max)
 }
@@ -128,7 +139,8 @@ pub fn hex(bytes: &[u8]) -> Option<u64> {
 
 /// The fields between runs of blanks.
 pub fn fields(line: &[u8]) -> impl Iterator<Item = &[u8]> {
-    line.split(|b| matches!(b, b' ' | b'\t')).filter(|field| !field.is_empty())
+    line.split(|b| matches!(b, b' ' | b'\t'))
+        .filter(|field| !field.is_empty())
 }
 
 /// The lines of a file, the last one with or without a line feed.
@@ -139,12 +151,20 @@ pub fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// Strings that each end in NUL, as in cmdline and environ. A last one without NUL counts.
 pub fn strings(bytes: &[u8]) -> Vec<Text> {
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
-    if bytes.is_empty() { Vec::new() } else { bytes.split(|b| *b == 0).map(Text::from).collect() }
+    if bytes.is_empty() {
+        Vec::new()
+    } else {
+        bytes.split(|b| *b == 0).map(Text::from).collect()
+    }
 }
 
 /// The inode in `kind:[4026531840]`.
 pub fn bracketed(link: &[u8], kind: &str) -> Option<u64> {
-    number(link.strip_prefix(kind.as_bytes())?.strip_prefix(b":[")?.strip_suffix(b"]")?)
+    number(
+        link.strip_prefix(kind.as_bytes())?
+            .strip_prefix(b":[")?
+            .strip_suffix(b"]")?,
+    )
 }
 
 /// Undoes the octal escapes of mountinfo, mounts and swaps (`\040` and the like).
@@ -194,7 +214,10 @@ mod tests {
 
     #[test]
     fn empty_arguments_are_arguments() {
-        assert_eq!(strings(b"a\0\0b\0"), [Text::from("a"), Text::from(""), Text::from("b")]);
+        assert_eq!(
+            strings(b"a\0\0b\0"),
+            [Text::from("a"), Text::from(""), Text::from("b")]
+        );
         assert_eq!(strings(b""), []);
         assert_eq!(strings(b"title"), [Text::from("title")]);
     }
@@ -204,8 +227,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
         rustix::fs::mkfifoat(CWD, &path, Mode::RUSR).unwrap();
-        assert!(read_regular(&path, 10).unwrap_err().to_string().contains("is a FIFO"));
+        assert!(
+            read_regular(&path, 10)
+                .unwrap_err()
+                .to_string()
+                .contains("is a FIFO")
+        );
         std::fs::write(folder.path().join("file"), b"0123456789A").unwrap();
-        assert_eq!(read_regular(&folder.path().join("file"), 10).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(
+            read_regular(&folder.path().join("file"), 10).unwrap_err().kind(),
+            io::ErrorKind::FileTooLarge
+        );
     }
 }

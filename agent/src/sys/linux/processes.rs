@@ -29,13 +29,19 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     let booted = clock::booted();
     let before = c.memory.seen.len();
     let lanes = c.in_lanes(|c, lane, lanes| {
-        let mut tally = Tally { whole: true, ..Tally::default() };
+        let mut tally = Tally {
+            whole: true,
+            ..Tally::default()
+        };
         for pid in pids.iter().filter(|pid| u64::from(**pid) % lanes == lane) {
             look_at(c, &proc, *pid, booted, &mut tally);
         }
         tally
     });
-    let mut total = Tally { whole: before == 0, ..Tally::default() };
+    let mut total = Tally {
+        whole: before == 0,
+        ..Tally::default()
+    };
     for (tally, memory) in lanes {
         total.whole &= tally.whole;
         total.vanished += tally.vanished;
@@ -66,7 +72,10 @@ fn look_at(c: &mut Collection, proc: &Path, pid: u32, booted: Option<Timestamp>,
         return;
     }
     let read_at = Timestamp::now();
-    let mut process = Process { pid, ..Process::default() };
+    let mut process = Process {
+        pid,
+        ..Process::default()
+    };
     let mut errors = Errors::below(&source);
     match ProcDir::open(&source) {
         Ok(dir) => read(c, &dir, booted, &mut process, &mut errors),
@@ -122,14 +131,26 @@ fn read(
         && let Some(tids) = errors.keep("threads", "task", dir.numbers("task"))
     {
         c.memory.look.threads(dir, pid, &tids);
-        let comm = |tid: &u32| dir.read(&format!("task/{tid}/comm")).ok().map(|b| Text::from(chomp(&b)));
-        process.threads =
-            tids.iter().filter(|tid| **tid != pid).map(|tid| Thread { tid: *tid, comm: comm(tid) }).collect();
+        let comm = |tid: &u32| {
+            dir.read(&format!("task/{tid}/comm"))
+                .ok()
+                .map(|b| Text::from(chomp(&b)))
+        };
+        process.threads = tids
+            .iter()
+            .filter(|tid| **tid != pid)
+            .map(|tid| Thread {
+                tid: *tid,
+                comm: comm(tid),
+            })
+            .collect();
     }
     if !process.kernel_thread {
         match c.touching("cmdline", None) {
             Ok(()) => {
-                process.cmdline = errors.keep("cmdline", "cmdline", dir.read("cmdline")).map(|b| strings(&b));
+                process.cmdline = errors
+                    .keep("cmdline", "cmdline", dir.read("cmdline"))
+                    .map(|b| strings(&b));
             }
             Err(_) => errors.avoided("cmdline", "cmdline"),
         }
@@ -141,7 +162,9 @@ fn read_fds(c: &mut Collection, dir: &ProcDir, process: &mut Process, errors: &m
     if let Err(error) = &listed {
         c.memory.look.unread(process.pid, error);
     }
-    let Some(fds) = errors.keep("fds", "fd", listed) else { return };
+    let Some(fds) = errors.keep("fds", "fd", listed) else {
+        return;
+    };
     for fd in fds {
         let name = format!("fd/{fd}");
         let link = dir.link(&name);
@@ -151,7 +174,10 @@ fn read_fds(c: &mut Collection, dir: &ProcDir, process: &mut Process, errors: &m
         // One that was closed since it was listed is no error.
         if let Some(target) = errors.keep_present("fds", &name, link) {
             c.memory.look.fd(process.pid, fd, &target);
-            process.fds.push(Fd { fd, target: Text(target) });
+            process.fds.push(Fd {
+                fd,
+                target: Text(target),
+            });
         }
     }
 }
@@ -164,24 +190,38 @@ fn chomp(bytes: &[u8]) -> &[u8] {
 pub fn parse_stat(stat: &[u8], booted: Option<Timestamp>, process: &mut Process) {
     let open = stat.iter().position(|b| *b == b'(');
     let close = stat.iter().rposition(|b| *b == b')');
-    let (Some(open), Some(close)) = (open, close) else { return };
+    let (Some(open), Some(close)) = (open, close) else {
+        return;
+    };
     process.comm = stat.get(open + 1..close).map(Text::from);
-    let rest: Vec<&[u8]> = stat.get(close + 1..).map(|r| fields(chomp(r)).collect()).unwrap_or_default();
+    let rest: Vec<&[u8]> = stat
+        .get(close + 1..)
+        .map(|r| fields(chomp(r)).collect())
+        .unwrap_or_default();
     let get = |index: usize| rest.get(index).copied();
     process.state = get(0).and_then(|f| f.first()).map(|b| char::from(*b));
     process.ppid = get(1).and_then(number);
     process.pgrp = get(2).and_then(number);
     process.session = get(3).and_then(number);
     // Documentation/admin-guide/devices: 12 bits of major, 20 of minor, in the encoding of new_encode_dev().
-    process.tty = get(4).and_then(number::<i64>).and_then(|n| u32::try_from(n).ok()).filter(|n| *n != 0).map(|n| {
-        ((n >> 8) & 0xfff, (n & 0xff) | ((n >> 12) & 0xf_ff00))
-    });
-    process.kernel_thread = get(6).and_then(number::<u64>).is_some_and(|flags| flags & PF_KTHREAD != 0);
+    process.tty = get(4)
+        .and_then(number::<i64>)
+        .and_then(|n| u32::try_from(n).ok())
+        .filter(|n| *n != 0)
+        .map(|n| ((n >> 8) & 0xfff, (n & 0xff) | ((n >> 12) & 0xf_ff00)));
+    process.kernel_thread = get(6)
+        .and_then(number::<u64>)
+        .is_some_and(|flags| flags & PF_KTHREAD != 0);
     process.cpu_ticks = get(11).and_then(number).zip(get(12).and_then(number));
     process.thread_count = get(17).and_then(number);
     process.start_ticks = get(19).and_then(number);
-    process.resident = get(21).and_then(number::<u64>).and_then(|n| n.checked_mul(page_size()));
-    process.started = process.start_ticks.zip(booted).and_then(|(ticks, booted)| started(ticks, booted));
+    process.resident = get(21)
+        .and_then(number::<u64>)
+        .and_then(|n| n.checked_mul(page_size()));
+    process.started = process
+        .start_ticks
+        .zip(booted)
+        .and_then(|(ticks, booted)| started(ticks, booted));
 }
 
 fn page_size() -> u64 {
@@ -189,16 +229,25 @@ fn page_size() -> u64 {
 }
 
 fn started(ticks: u64, booted: Timestamp) -> Option<Timestamp> {
-    let micros = ticks.checked_mul(1_000_000)?.checked_div(rustix::param::clock_ticks_per_second())?;
-    booted.checked_add(SignedDuration::from_micros(i64::try_from(micros).ok()?)).ok()
+    let micros = ticks
+        .checked_mul(1_000_000)?
+        .checked_div(rustix::param::clock_ticks_per_second())?;
+    booted
+        .checked_add(SignedDuration::from_micros(i64::try_from(micros).ok()?))
+        .ok()
 }
 
 /// proc_pid_status(5).
 fn parse_status(status: &[u8], process: &mut Process) {
     let mut capabilities = Capabilities::default();
     for line in lines(status) {
-        let Some(colon) = line.iter().position(|b| *b == b':') else { continue };
-        let (name, value) = (line.get(..colon).unwrap_or_default(), line.get(colon + 1..).unwrap_or_default());
+        let Some(colon) = line.iter().position(|b| *b == b':') else {
+            continue;
+        };
+        let (name, value) = (
+            line.get(..colon).unwrap_or_default(),
+            line.get(colon + 1..).unwrap_or_default(),
+        );
         let value = value.trim_ascii();
         let four = || {
             let ids: Vec<u32> = fields(value).filter_map(number).collect();
@@ -233,9 +282,14 @@ fn container(line: &[u8]) -> Option<Container> {
     line.rsplit(|b| *b == b'/').find_map(|part| {
         let part = std::str::from_utf8(part).ok()?;
         let name = part.strip_suffix(".scope").unwrap_or(part);
-        let (runtime, id) = name.rsplit_once(['-', ':']).map_or((None, name), |(r, id)| (Some(r), id));
+        let (runtime, id) = name
+            .rsplit_once(['-', ':'])
+            .map_or((None, name), |(r, id)| (Some(r), id));
         let is_id = id.len() == 64 && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        is_id.then(|| Container { id: id.to_owned(), runtime: runtime.map(str::to_owned) })
+        is_id.then(|| Container {
+            id: id.to_owned(),
+            runtime: runtime.map(str::to_owned),
+        })
     })
 }
 
@@ -247,7 +301,8 @@ mod tests {
     #[test]
     fn a_name_cannot_forge_the_fields_behind_it() {
         let mut process = Process::default();
-        let stat = b"42 (a) R 1 (\n\x1b\xff) S 7 42 42 34816 -1 4194560 1 2 3 4 50 60 0 0 20 0 3 0 1234 5000 6 7\n";
+        let stat =
+            b"42 (a) R 1 (\n\x1b\xff) S 7 42 42 34816 -1 4194560 1 2 3 4 50 60 0 0 20 0 3 0 1234 5000 6 7\n";
         parse_stat(stat, Some(Timestamp::UNIX_EPOCH), &mut process);
         assert_eq!(process.comm, Some(Text::from(b"a) R 1 (\n\x1b\xff")));
         assert_eq!((process.state, process.ppid), (Some('S'), Some(7)));
@@ -263,8 +318,16 @@ mod tests {
         for (line, runtime) in [
             (format!("12:pids:/docker/{id}"), None),
             (format!("0::/system.slice/docker-{id}.scope"), Some("docker")),
-            (format!("0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-{id}.scope"), Some("cri-containerd")),
-            (format!("1:name=systemd:/system.slice/x.service/kubepods-besteffort-pod1:cri-containerd:{id}"), None),
+            (
+                format!("0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-{id}.scope"),
+                Some("cri-containerd"),
+            ),
+            (
+                format!(
+                    "1:name=systemd:/system.slice/x.service/kubepods-besteffort-pod1:cri-containerd:{id}"
+                ),
+                None,
+            ),
         ] {
             let found = container(line.as_bytes()).unwrap();
             assert_eq!(found.id, id);

@@ -34,7 +34,11 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     if !c.memory.look.whole {
         match Look::scan(c.root()) {
             Ok(look) => c.memory.look = look,
-            Err(error) => c.unread("namespaces", c.path("proc").as_os_str().as_encoded_bytes(), &error),
+            Err(error) => c.unread(
+                "namespaces",
+                c.path("proc").as_os_str().as_encoded_bytes(),
+                &error,
+            ),
         }
     }
     let namespaces = netns::all(c, &c.memory.look);
@@ -44,20 +48,29 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             continue;
         }
         if c.touching("rtnetlink", None).is_err() {
-            c.problem("rtnetlink", &name, None, "not read: a worker that read here was lost");
+            c.problem(
+                "rtnetlink",
+                &name,
+                None,
+                "not read: a worker that read here was lost",
+            );
             continue;
         }
         let read_at = Timestamp::now();
         let inode = netns.inode;
         let ask = move |(name, kind, header, read): Dump| {
             let mut found = Vec::new();
-            let result = dump(None, kind, &vec![0; header], |_, body| found.extend(read(inode, body)));
+            let result = dump(None, kind, &vec![0; header], |_, body| {
+                found.extend(read(inode, body))
+            });
             (name, found, result)
         };
         match netns.inside(move || DUMPS.map(ask)) {
             Ok(answers) => answers.into_iter().for_each(|(request, found, result)| {
                 let source = format!("rtnetlink {request} {name}");
-                found.into_iter().for_each(|data| c.record(&source, read_at, data, Vec::new()));
+                found
+                    .into_iter()
+                    .for_each(|data| c.record(&source, read_at, data, Vec::new()));
                 match result {
                     Ok(false) => (),
                     Ok(true) => c.note(format!("{request} {name} changed while it was read")),
@@ -75,16 +88,26 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 
 fn conntrack(c: &mut Collection, netns: &netns::Netns, name: &str, read_at: Timestamp) {
     // The namespace could not be entered: said above.
-    let Ok(tables) = netns.tables(&["nf_conntrack"]) else { return };
+    let Ok(tables) = netns.tables(&["nf_conntrack"]) else {
+        return;
+    };
     for (_, path, bytes) in tables {
         let source = path.as_os_str().as_encoded_bytes();
         match bytes {
             Ok(bytes) => lines(&bytes).for_each(|line| {
-                let data = Conntrack { netns: netns.inode, line: Text::from(line) };
+                let data = Conntrack {
+                    netns: netns.inode,
+                    line: Text::from(line),
+                };
                 c.record(source, read_at, Data::Conntrack(Box::new(data)), Vec::new());
             }),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                c.problem("nf_conntrack", name, error.raw_os_error(), crate::collect::describe(&error));
+                c.problem(
+                    "nf_conntrack",
+                    name,
+                    error.raw_os_error(),
+                    crate::collect::describe(&error),
+                );
             }
             Err(error) => c.unread("nf_conntrack", source, &error),
         }
@@ -124,7 +147,9 @@ fn link(netns: u64, body: &[u8]) -> Option<Data> {
             18 => link.kind = attributes(value).find(|(k, _)| *k == 1).map(|(_, v)| string(v)),
             20 => link.alias = Some(string(value)),
             30 => link.promiscuous |= u32_of(value).is_some_and(|n| n > 0),
-            43 => link.xdp = attributes(value).any(|(k, v)| k == 2 && v.first().is_some_and(|mode| *mode != 0)),
+            43 => {
+                link.xdp = attributes(value).any(|(k, v)| k == 2 && v.first().is_some_and(|mode| *mode != 0))
+            }
             _ => (),
         }
     }
@@ -133,7 +158,15 @@ fn link(netns: u64, body: &[u8]) -> Option<Data> {
 
 /// RFC 2863, 3.1.14, in the kernel's numbering (IF_OPER_*).
 fn operational_state(state: u8) -> Option<String> {
-    let names = ["unknown", "not-present", "down", "lower-layer-down", "testing", "dormant", "up"];
+    let names = [
+        "unknown",
+        "not-present",
+        "down",
+        "lower-layer-down",
+        "testing",
+        "dormant",
+        "up",
+    ];
     names.get(usize::from(state)).map(|name| (*name).to_owned())
 }
 
@@ -141,12 +174,23 @@ fn operational_state(state: u8) -> Option<String> {
 fn address(netns: u64, body: &[u8]) -> Option<Data> {
     let (head, rest) = body.split_first_chunk::<8>()?;
     let [_, prefix, flags, scope, i0, i1, i2, i3] = *head;
-    let find = |wanted: u16| attributes(rest).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let find = |wanted: u16| {
+        attributes(rest)
+            .find(|(kind, _)| *kind == wanted)
+            .map(|(_, value)| value)
+    };
     // On a point-to-point link IFA_ADDRESS is the other end and IFA_LOCAL ours.
     let address = find(2).or_else(|| find(1)).and_then(ip_of);
     let flags = find(8).and_then(u32_of).unwrap_or_else(|| u32::from(flags));
     let index = u32::from_ne_bytes([i0, i1, i2, i3]);
-    Some(Data::Address(Box::new(Address { netns, index, address, prefix, scope, flags })))
+    Some(Data::Address(Box::new(Address {
+        netns,
+        index,
+        address,
+        prefix,
+        scope,
+        flags,
+    })))
 }
 
 /// struct rtmsg and RTA_* (include/uapi/linux/rtnetlink.h)
@@ -185,8 +229,13 @@ fn route(netns: u64, body: &[u8]) -> Option<Data> {
 /// struct rtnexthop begins with its own length.
 fn next_hops(mut value: &[u8]) -> u32 {
     let mut count = 0;
-    while let Some(length) = value.first_chunk::<2>().map(|b| usize::from(u16::from_ne_bytes(*b))) {
-        let Some(rest) = value.get(length.max(8).next_multiple_of(4)..) else { return count + 1 };
+    while let Some(length) = value
+        .first_chunk::<2>()
+        .map(|b| usize::from(u16::from_ne_bytes(*b)))
+    {
+        let Some(rest) = value.get(length.max(8).next_multiple_of(4)..) else {
+            return count + 1;
+        };
         value = rest;
         count += 1;
     }
@@ -197,7 +246,11 @@ fn next_hops(mut value: &[u8]) -> u32 {
 fn neighbour(netns: u64, body: &[u8]) -> Option<Data> {
     let (head, rest) = body.split_first_chunk::<12>()?;
     let [_, _, _, _, i0, i1, i2, i3, s0, s1, flags, _] = *head;
-    let find = |wanted: u16| attributes(rest).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let find = |wanted: u16| {
+        attributes(rest)
+            .find(|(kind, _)| *kind == wanted)
+            .map(|(_, value)| value)
+    };
     Some(Data::Neighbour(Box::new(Neighbour {
         netns,
         interface: i32::from_ne_bytes([i0, i1, i2, i3]),

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use stillframe_evidence::{
     records::{
         Data,
-        sessions::{Logind, Login},
+        sessions::{Login, Logind},
     },
     text::Text,
 };
@@ -19,7 +19,10 @@ const MAX_LOGIND: usize = 1 << 20;
 
 /// utmp first, then logind.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
-    let path = UTMP.map(|p| c.path(p)).into_iter().find(|p| p.symlink_metadata().is_ok());
+    let path = UTMP
+        .map(|p| c.path(p))
+        .into_iter()
+        .find(|p| p.symlink_metadata().is_ok());
     let path = path.unwrap_or_else(|| c.path("run/utmp"));
     let source = path.as_os_str().as_encoded_bytes();
     if c.item(0, source) {
@@ -52,13 +55,23 @@ fn utmp(c: &mut Collection, source: &[u8], read_at: Timestamp, bytes: &[u8]) {
         }
     }
     if !chunks.remainder().is_empty() {
-        c.problem("utmp", source, None, "its length is not a whole number of entries");
+        c.problem(
+            "utmp",
+            source,
+            None,
+            "its length is not a whole number of entries",
+        );
     }
 }
 
 fn logind(c: &mut Collection, folder: &str, path: &std::path::Path) {
     if c.touching("logind", None).is_err() {
-        return c.problem("logind", path.as_os_str().as_encoded_bytes(), None, "not read: a worker that read here was lost");
+        return c.problem(
+            "logind",
+            path.as_os_str().as_encoded_bytes(),
+            None,
+            "not read: a worker that read here was lost",
+        );
     }
     let entries = match std::fs::read_dir(path) {
         Ok(entries) => entries,
@@ -79,8 +92,16 @@ fn logind(c: &mut Collection, folder: &str, path: &std::path::Path) {
                     let key = stillframe_evidence::text::printable(line.get(..equals)?);
                     Some((key, Text::from(line.get(equals + 1..)?)))
                 };
-                let values = lines(&bytes).filter(|l| !l.starts_with(b"#")).filter_map(pair).collect();
-                c.record(source, read_at, Data::Logind(Box::new(Logind { values })), Vec::new());
+                let values = lines(&bytes)
+                    .filter(|l| !l.starts_with(b"#"))
+                    .filter_map(pair)
+                    .collect();
+                c.record(
+                    source,
+                    read_at,
+                    Data::Logind(Box::new(Logind { values })),
+                    Vec::new(),
+                );
             }
             Err(error) if is_gone(error.raw_os_error()) => (),
             Err(error) => c.unread(folder, source, &error),
@@ -92,15 +113,38 @@ fn logind(c: &mut Collection, folder: &str, path: &std::path::Path) {
 const ENTRY: usize = if cfg!(target_arch = "x86_64") { 384 } else { 400 };
 
 fn parse(entry: &[u8]) -> Option<Login> {
-    let int = |at: usize| entry.get(at..)?.first_chunk::<4>().map(|b| i32::from_ne_bytes(*b));
+    let int = |at: usize| {
+        entry
+            .get(at..)?
+            .first_chunk::<4>()
+            .map(|b| i32::from_ne_bytes(*b))
+    };
     let text = |at: usize, length: usize| {
         let field = entry.get(at..)?.get(..length)?;
         Some(Text::from(field.split(|b| *b == 0).next()?))
     };
     let kind = i16::from_ne_bytes(*entry.first_chunk::<2>()?);
-    let names = ["empty", "runlevel", "boot", "new-time", "old-time", "init", "login", "user", "dead", "accounting"];
-    let name = usize::try_from(kind).ok().and_then(|k| names.get(k)).map_or_else(|| kind.to_string(), |n| (*n).to_owned());
-    let (time, address) = if ENTRY == 384 { (int(340).zip(int(344)), 348) } else { (int(344).zip(int(352)), 360) };
+    let names = [
+        "empty",
+        "runlevel",
+        "boot",
+        "new-time",
+        "old-time",
+        "init",
+        "login",
+        "user",
+        "dead",
+        "accounting",
+    ];
+    let name = usize::try_from(kind)
+        .ok()
+        .and_then(|k| names.get(k))
+        .map_or_else(|| kind.to_string(), |n| (*n).to_owned());
+    let (time, address) = if ENTRY == 384 {
+        (int(340).zip(int(344)), 348)
+    } else {
+        (int(344).zip(int(352)), 360)
+    };
     let address: [u8; 16] = *entry.get(address..)?.first_chunk()?;
     let address = match address {
         [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] => None,
@@ -117,7 +161,8 @@ fn parse(entry: &[u8]) -> Option<Login> {
         address,
         session: int(336)?,
         // The seconds are unsigned in all but name: they reach to 2106.
-        time: time.and_then(|(s, us)| Timestamp::new(i64::from(s.cast_unsigned()), us.checked_mul(1000)?).ok()),
+        time: time
+            .and_then(|(s, us)| Timestamp::new(i64::from(s.cast_unsigned()), us.checked_mul(1000)?).ok()),
     })
 }
 
@@ -139,7 +184,10 @@ mod tests {
         entry[348..352].copy_from_slice(&[192, 0, 2, 1]);
         let login = parse(&entry).unwrap();
         assert_eq!((login.entry.as_str(), login.pid), ("user", 4711));
-        assert_eq!((login.user, login.line), (Text::from(b"ro\xfft"), Text::from("pts/0")));
+        assert_eq!(
+            (login.user, login.line),
+            (Text::from(b"ro\xfft"), Text::from("pts/0"))
+        );
         assert_eq!(login.address.unwrap().to_string(), "192.0.2.1");
         assert_eq!(login.time.unwrap().as_second(), 1_700_000_000);
     }

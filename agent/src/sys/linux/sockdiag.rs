@@ -21,7 +21,8 @@ pub fn may_ask(root: &Path) -> bool {
     match proc::read(&root.join("proc/modules")) {
         Err(error) => error.kind() == io::ErrorKind::NotFound,
         Ok(modules) => {
-            lines(&modules).any(|line| fields(line).next() == Some(b"unix_diag")) || built_in(root).unwrap_or(false)
+            lines(&modules).any(|line| fields(line).next() == Some(b"unix_diag"))
+                || built_in(root).unwrap_or(false)
         }
     }
 }
@@ -43,12 +44,19 @@ pub fn unix_peers() -> io::Result<HashMap<u64, u64>> {
     request[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
     request[12..16].copy_from_slice(&UDIAG_SHOW_PEER.to_ne_bytes());
     let mut peers = HashMap::new();
-    dump(Some(netlink::SOCK_DIAG), SOCK_DIAG_BY_FAMILY, &request, |_, body| {
-        let inode = body.get(4..8).and_then(u32_of);
-        let peer = body.get(16..).and_then(|rest| attributes(rest).find(|(kind, _)| *kind == UNIX_DIAG_PEER));
-        if let (Some(inode), Some(peer)) = (inode, peer.and_then(|(_, value)| u32_of(value))) {
-            peers.insert(u64::from(inode), u64::from(peer));
-        }
-    })?;
+    dump(
+        Some(netlink::SOCK_DIAG),
+        SOCK_DIAG_BY_FAMILY,
+        &request,
+        |_, body| {
+            let inode = body.get(4..8).and_then(u32_of);
+            let peer = body
+                .get(16..)
+                .and_then(|rest| attributes(rest).find(|(kind, _)| *kind == UNIX_DIAG_PEER));
+            if let (Some(inode), Some(peer)) = (inode, peer.and_then(|(_, value)| u32_of(value))) {
+                peers.insert(u64::from(inode), u64::from(peer));
+            }
+        },
+    )?;
     Ok(peers)
 }

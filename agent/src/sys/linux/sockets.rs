@@ -23,7 +23,8 @@ use stillframe_evidence::{
 };
 
 const TABLES: [&str; 13] = [
-    "tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6", "icmp", "icmp6", "unix", "packet", "netlink",
+    "tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6", "icmp", "icmp6", "unix", "packet",
+    "netlink",
 ];
 
 /// Every namespace in the order of its inode, then the sockets that processes hold and no table lists.
@@ -55,7 +56,10 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     c.note(count(namespaces.len(), "network namespace"));
     for (n, what) in [
         (tally.ownerless, "without an owner"),
-        (tally.unknown, "whose owner is unknown, since not every process could be read"),
+        (
+            tally.unknown,
+            "whose owner is unknown, since not every process could be read",
+        ),
         (tally.unlisted, "in no table"),
     ] {
         if n > 0 {
@@ -143,7 +147,12 @@ fn ownership(socket: &Socket, look: &Look) -> Ownership {
 
 /// Families without a table (vsock, alg, …), and sockets of namespaces that cannot be reached: held, and nowhere listed.
 fn unlisted(c: &mut Collection, look: &Look, tally: &mut Tally) {
-    let missing: BTreeMap<u64, _> = look.owners.iter().filter(|(i, _)| !tally.listed.contains(i)).map(|(i, o)| (*i, o)).collect();
+    let missing: BTreeMap<u64, _> = look
+        .owners
+        .iter()
+        .filter(|(i, _)| !tally.listed.contains(i))
+        .map(|(i, o)| (*i, o))
+        .collect();
     for (inode, owners) in missing {
         let Some(owner) = owners.first() else { continue };
         let Some(fd) = owner.fd else { continue };
@@ -165,7 +174,12 @@ fn unlisted(c: &mut Collection, look: &Look, tally: &mut Tally) {
             ..Socket::default()
         };
         tally.unlisted += 1;
-        c.record(path.as_os_str().as_encoded_bytes(), read_at, Data::Socket(Box::new(socket)), errors.list);
+        c.record(
+            path.as_os_str().as_encoded_bytes(),
+            read_at,
+            Data::Socket(Box::new(socket)),
+            errors.list,
+        );
     }
 }
 
@@ -174,7 +188,9 @@ fn protocol(path: &Path) -> std::io::Result<String> {
     let mut name = [0; 64];
     let length = rustix::fs::getxattr(path, "system.sockprotoname", &mut name[..])?;
     let name = name.get(..length).unwrap_or_default();
-    Ok(stillframe_evidence::text::printable(name.strip_suffix(b"\0").unwrap_or(name)))
+    Ok(stillframe_evidence::text::printable(
+        name.strip_suffix(b"\0").unwrap_or(name),
+    ))
 }
 
 /// One table of /proc/net. Lines that do not fit its form are left out, but for those of `unix`, whose paths may hold line
@@ -189,7 +205,10 @@ pub fn parse(table: &'static str, bytes: &[u8]) -> Vec<Socket> {
             _ => inet(line, table),
         };
         match (parsed, sockets.last_mut().and_then(|s| s.path.as_mut())) {
-            (Some(socket), _) => sockets.push(Socket { protocol: table.to_owned(), ..socket }),
+            (Some(socket), _) => sockets.push(Socket {
+                protocol: table.to_owned(),
+                ..socket
+            }),
             (None, Some(path)) if table == "unix" => {
                 path.0.push(b'\n');
                 path.0.extend_from_slice(line);
@@ -209,13 +228,27 @@ pub fn parse(table: &'static str, bytes: &[u8]) -> Vec<Socket> {
 
 /// include/net/tcp_states.h
 const TCP_STATES: [&str; 13] = [
-    "", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT", "LAST_ACK",
-    "LISTEN", "CLOSING", "NEW_SYN_RECV",
+    "",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT1",
+    "FIN_WAIT2",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "CLOSING",
+    "NEW_SYN_RECV",
 ];
 
 fn state(field: &[u8], names: &[&str]) -> Option<String> {
     let index = usize::try_from(hex(field)?).ok()?;
-    names.get(index).filter(|name| !name.is_empty()).map(|name| (*name).to_owned())
+    names
+        .get(index)
+        .filter(|name| !name.is_empty())
+        .map(|name| (*name).to_owned())
 }
 
 fn endpoint(field: &[u8]) -> Option<Endpoint> {
@@ -275,7 +308,11 @@ fn unix(line: &[u8]) -> Option<Socket> {
     let mut rest = line;
     let mut field = || {
         let start = rest.iter().position(|b| *b != b' ')?;
-        let end = rest.get(start..)?.iter().position(|b| *b == b' ').map_or(rest.len(), |n| start + n);
+        let end = rest
+            .get(start..)?
+            .iter()
+            .position(|b| *b == b' ')
+            .map_or(rest.len(), |n| start + n);
         let field = rest.get(start..end)?;
         rest = rest.get(end..)?;
         Some(field)
@@ -289,7 +326,10 @@ fn unix(line: &[u8]) -> Option<Socket> {
     let state = if flags & LISTENS != 0 {
         Some("LISTEN".to_owned())
     } else {
-        state(st, &["FREE", "UNCONNECTED", "CONNECTING", "CONNECTED", "DISCONNECTING"])
+        state(
+            st,
+            &["FREE", "UNCONNECTED", "CONNECTING", "CONNECTED", "DISCONNECTING"],
+        )
     };
     let path = rest.strip_prefix(b" ").unwrap_or(rest);
     Some(Socket {
@@ -308,7 +348,7 @@ fn packet(line: &[u8]) -> Option<Socket> {
     Some(Socket {
         inode: number(get(8)?)?,
         socket_type: get(2).and_then(number).and_then(socket_type),
-        family_protocol: get(3).map(|p| stillframe_evidence::text::printable(p)),
+        family_protocol: get(3).map(stillframe_evidence::text::printable),
         interface: get(4).and_then(number),
         uid: get(7).and_then(number),
         ..Socket::default()
@@ -323,7 +363,7 @@ fn netlink(line: &[u8]) -> Option<Socket> {
     let port = number::<i64>(get(2)?)?;
     Some(Socket {
         inode: number(get(9)?)?,
-        family_protocol: get(1).map(|p| stillframe_evidence::text::printable(p)),
+        family_protocol: get(1).map(stillframe_evidence::text::printable),
         netlink: Some((u64::try_from(port).unwrap_or(u64::MAX), Text::from(get(3)?))),
         ..Socket::default()
     })
@@ -350,11 +390,20 @@ mod tests {
         assert_eq!(sockets.len(), 3);
         assert_eq!(sockets[0].local.unwrap().port, 8080);
         assert_eq!(sockets[0].local.unwrap().address.to_string(), "127.0.0.1");
-        assert_eq!((sockets[0].state.as_deref(), sockets[0].uid, sockets[0].remote), (Some("LISTEN"), Some(1000), None));
+        assert_eq!(
+            (sockets[0].state.as_deref(), sockets[0].uid, sockets[0].remote),
+            (Some("LISTEN"), Some(1000), None)
+        );
         assert_eq!(sockets[1].queues, Some((2, 3)));
         assert_eq!(sockets[1].remote.unwrap().port, 8080);
-        assert_eq!((sockets[2].state.as_deref(), sockets[2].inode), (Some("TIME_WAIT"), 0));
-        assert_eq!(parse("tcp6", TCP6)[0].local.unwrap().address.to_string(), "::ffff:127.0.0.1");
+        assert_eq!(
+            (sockets[2].state.as_deref(), sockets[2].inode),
+            (Some("TIME_WAIT"), 0)
+        );
+        assert_eq!(
+            parse("tcp6", TCP6)[0].local.unwrap().address.to_string(),
+            "::ffff:127.0.0.1"
+        );
     }
 
     #[test]
@@ -367,15 +416,24 @@ mod tests {
         let sockets = parse("unix", table);
         assert_eq!(sockets.len(), 3);
         assert_eq!(sockets[0].path, Some(Text::from("/run/a  b\nc: d")));
-        assert_eq!((sockets[0].state.as_deref(), sockets[0].socket_type.as_deref()), (Some("LISTEN"), Some("stream")));
-        assert_eq!((sockets[1].path.as_ref(), sockets[1].state.as_deref()), (None, Some("CONNECTED")));
+        assert_eq!(
+            (sockets[0].state.as_deref(), sockets[0].socket_type.as_deref()),
+            (Some("LISTEN"), Some("stream"))
+        );
+        assert_eq!(
+            (sockets[1].path.as_ref(), sockets[1].state.as_deref()),
+            (None, Some("CONNECTED"))
+        );
         assert_eq!(sockets[2].path, Some(Text::from(b"@abstract\xff")));
     }
 
     #[test]
     fn what_has_no_owner_is_only_called_so_when_everybody_was_asked() {
         let mut look = Look::default();
-        let socket = Socket { inode: 5, ..Socket::default() };
+        let socket = Socket {
+            inode: 5,
+            ..Socket::default()
+        };
         assert_eq!(ownership(&socket, &look), Ownership::Ownerless);
         look.closed.insert(1);
         assert_eq!(ownership(&socket, &look), Ownership::Unknown);

@@ -43,10 +43,17 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         architecture: Some(Text::from(std::env::consts::ARCH)),
         distribution: name.into_iter().collect::<BTreeMap<_, _>>(),
         booted: System::boot_time().ok().and_then(seconds),
-        uptime_s: System::uptime().ok().map(|s| std::time::Duration::from_secs(s).as_secs_f64()),
+        uptime_s: System::uptime()
+            .ok()
+            .map(|s| std::time::Duration::from_secs(s).as_secs_f64()),
         memory,
         ..Host::default()
     };
-    c.record("GetSystemInfo, GlobalMemoryStatusEx, registry", read_at, Data::Host(Box::new(host)), Vec::new());
+    c.record(
+        "GetSystemInfo, GlobalMemoryStatusEx, registry",
+        read_at,
+        Data::Host(Box::new(host)),
+        Vec::new(),
+    );
     Ok(())
 }

@@ -27,7 +27,9 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         if !c.item(u64::from(pid), format!("process {pid}")) {
             continue;
         }
-        let started = i64::try_from(p.start_time()).ok().and_then(|s| Timestamp::from_second(s).ok());
+        let started = i64::try_from(p.start_time())
+            .ok()
+            .and_then(|s| Timestamp::from_second(s).ok());
         let process = Process {
             pid,
             ppid: p.parent().map(|parent| parent.as_u32()),
@@ -40,7 +42,12 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             started: started.filter(|t| t.as_second() > 0),
             ..Process::default()
         };
-        c.record("NtQuerySystemInformation", read_at, Data::Process(Box::new(process)), Vec::new());
+        c.record(
+            "NtQuerySystemInformation",
+            read_at,
+            Data::Process(Box::new(process)),
+            Vec::new(),
+        );
         c.done();
     }
     Ok(())

@@ -33,16 +33,62 @@ struct Table {
 
 /// The rows of `tcpmib.h` and `udpmib.h`: MIB_TCPROW_OWNER_PID, MIB_TCP6ROW_OWNER_PID and their UDP kin.
 const TABLES: [Table; 4] = [
-    Table { protocol: "tcp", tcp: true, v6: false, row: 6, local: (1, 2), remote: Some((3, 4)), state: Some(0), pid: 5 },
-    Table { protocol: "tcp6", tcp: true, v6: true, row: 14, local: (0, 5), remote: Some((6, 11)), state: Some(12), pid: 13 },
-    Table { protocol: "udp", tcp: false, v6: false, row: 3, local: (0, 1), remote: None, state: None, pid: 2 },
-    Table { protocol: "udp6", tcp: false, v6: true, row: 7, local: (0, 5), remote: None, state: None, pid: 6 },
+    Table {
+        protocol: "tcp",
+        tcp: true,
+        v6: false,
+        row: 6,
+        local: (1, 2),
+        remote: Some((3, 4)),
+        state: Some(0),
+        pid: 5,
+    },
+    Table {
+        protocol: "tcp6",
+        tcp: true,
+        v6: true,
+        row: 14,
+        local: (0, 5),
+        remote: Some((6, 11)),
+        state: Some(12),
+        pid: 13,
+    },
+    Table {
+        protocol: "udp",
+        tcp: false,
+        v6: false,
+        row: 3,
+        local: (0, 1),
+        remote: None,
+        state: None,
+        pid: 2,
+    },
+    Table {
+        protocol: "udp6",
+        tcp: false,
+        v6: true,
+        row: 7,
+        local: (0, 5),
+        remote: None,
+        state: None,
+        pid: 6,
+    },
 ];
 
 /// MIB_TCP_STATE, from 1, in the words that Linux uses.
 const STATES: [&str; 12] = [
-    "CLOSE", "LISTEN", "SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE_WAIT", "CLOSING",
-    "LAST_ACK", "TIME_WAIT", "DELETE_TCB",
+    "CLOSE",
+    "LISTEN",
+    "SYN_SENT",
+    "SYN_RECV",
+    "ESTABLISHED",
+    "FIN_WAIT1",
+    "FIN_WAIT2",
+    "CLOSE_WAIT",
+    "CLOSING",
+    "LAST_ACK",
+    "TIME_WAIT",
+    "DELETE_TCB",
 ];
 
 /// The four tables.
@@ -52,7 +98,11 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             continue;
         }
         let read_at = Timestamp::now();
-        let source = if table.tcp { "GetExtendedTcpTable" } else { "GetExtendedUdpTable" };
+        let source = if table.tcp {
+            "GetExtendedTcpTable"
+        } else {
+            "GetExtendedUdpTable"
+        };
         match read(table) {
             Ok(words) => rows(table, &words).for_each(|socket| {
                 c.record(source, read_at, Data::Socket(Box::new(socket)), Vec::new());
@@ -96,23 +146,38 @@ fn read(table: &Table) -> io::Result<Vec<u32>> {
 
 fn rows<'a>(table: &'a Table, words: &'a [u32]) -> impl Iterator<Item = Socket> + 'a {
     let count = words.first().and_then(|n| usize::try_from(*n).ok()).unwrap_or(0);
-    let rows = words.get(1..).unwrap_or_default().chunks_exact(table.row).take(count);
+    let rows = words
+        .get(1..)
+        .unwrap_or_default()
+        .chunks_exact(table.row)
+        .take(count);
     rows.filter_map(|row| socket(table, row))
 }
 
 fn socket(table: &Table, row: &[u32]) -> Option<Socket> {
     let end = |(address, port): (usize, usize)| {
         let address = if table.v6 {
-            let words: Vec<u8> = row.get(address..)?.get(..4)?.iter().flat_map(|w| w.to_ne_bytes()).collect();
+            let words: Vec<u8> = row
+                .get(address..)?
+                .get(..4)?
+                .iter()
+                .flat_map(|w| w.to_ne_bytes())
+                .collect();
             IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(words).ok()?))
         } else {
             IpAddr::V4(Ipv4Addr::from(row.get(address)?.to_ne_bytes()))
         };
         // The low 16 bits, in network order.
         let [high, low, ..] = row.get(port)?.to_ne_bytes();
-        Some(Endpoint { address, port: u16::from_be_bytes([high, low]) })
+        Some(Endpoint {
+            address,
+            port: u16::from_be_bytes([high, low]),
+        })
     };
-    let state = table.state.and_then(|at| row.get(at)).and_then(|s| usize::try_from(*s).ok()?.checked_sub(1));
+    let state = table
+        .state
+        .and_then(|at| row.get(at))
+        .and_then(|s| usize::try_from(*s).ok()?.checked_sub(1));
     let state = state.and_then(|s| STATES.get(s)).map(|s| (*s).to_owned());
     let pid = *row.get(table.pid)?;
     let listens = state.as_deref() == Some("LISTEN");
@@ -121,8 +186,16 @@ fn socket(table: &Table, row: &[u32]) -> Option<Socket> {
         local: end(table.local),
         remote: table.remote.filter(|_| !listens).and_then(end),
         state,
-        ownership: if pid == 0 { Ownership::Kernel } else { Ownership::Owned },
-        owners: if pid == 0 { Vec::new() } else { vec![Owner { pid, fd: None }] },
+        ownership: if pid == 0 {
+            Ownership::Kernel
+        } else {
+            Ownership::Owned
+        },
+        owners: if pid == 0 {
+            Vec::new()
+        } else {
+            vec![Owner { pid, fd: None }]
+        },
         ..Socket::default()
     })
 }
@@ -137,8 +210,17 @@ mod tests {
         let words = [1, 2, u32::from_ne_bytes([127, 0, 0, 1]), port, 0, 0, 4711, 9, 9];
         let sockets: Vec<Socket> = rows(&TABLES[0], &words).collect();
         assert_eq!(sockets.len(), 1);
-        assert_eq!(sockets[0].local.unwrap(), Endpoint { address: "127.0.0.1".parse().unwrap(), port: 8080 });
-        assert_eq!((sockets[0].state.as_deref(), sockets[0].owners[0].pid), (Some("LISTEN"), 4711));
+        assert_eq!(
+            sockets[0].local.unwrap(),
+            Endpoint {
+                address: "127.0.0.1".parse().unwrap(),
+                port: 8080
+            }
+        );
+        assert_eq!(
+            (sockets[0].state.as_deref(), sockets[0].owners[0].pid),
+            (Some("LISTEN"), 4711)
+        );
         assert_eq!(rows(&TABLES[0], &[u32::MAX, 1]).count(), 0);
     }
 }
