@@ -101,6 +101,9 @@ impl<'a> Collection<'a> {
         self.flush();
         let (job, pipe, resume, lanes) = (self.job, self.pipe, self.resume, self.job.lanes.max(1));
         let run = |lane: u8| {
+            if lane > 0 {
+                crate::sys::own_descriptors();
+            }
             let mut collection = Collection::new(job, pipe, lane, resume, Memory::default());
             let result = work(&mut collection, u64::from(lane), u64::from(lanes));
             collection.flush();

@@ -131,7 +131,9 @@ pub fn json_line<T: Serialize>(value: &T) -> Result<String, crate::Error> {
 pub fn write_json<T: Serialize>(value: &T, line: &mut Vec<u8>) -> Result<(), crate::Error> {
     line.clear();
     serde_json::to_writer(&mut *line, value)?;
-    if line.iter().any(|b| !(0x20..0x7f).contains(b)) {
+    // In blocks and without a way out of them, so that the compiler does many bytes at once.
+    let strange = |block: &[u8]| block.iter().fold(false, |any, b| any | !(0x20..0x7f).contains(b));
+    if line.chunks(64).any(strange) {
         let text = String::from_utf8_lossy(line);
         *line = harmless_json(&text).into_bytes();
     }

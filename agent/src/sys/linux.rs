@@ -110,6 +110,15 @@ fn close_inherited() {
     }
 }
 
+/// Gives the calling thread a table of open files of its own: two threads on one table wait for each other at every open
+/// and close.
+pub fn own_descriptors() {
+    // SAFETY: what this thread opens from here on it also closes, and nothing that it opened leaves it; what was open before
+    // is open in both tables.
+    #[allow(unsafe_code)]
+    let _ = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) };
+}
+
 /// Gives a pipe the largest buffer that needs no privilege (the default of /proc/sys/fs/pipe-max-size).
 pub fn widen_pipe(pipe: &impl std::os::fd::AsFd) {
     let _ = rustix::pipe::fcntl_setpipe_size(pipe, 1 << 20);

@@ -61,6 +61,9 @@ pub fn own_program() -> io::Result<PathBuf> {
 /// A worker ends when its pipe breaks; there is no earlier sign here yet.
 pub fn die_with_parent() {}
 
+/// Handles are not kept in tables that threads wait for.
+pub fn own_descriptors() {}
+
 /// The size of a pipe is fixed here once it is made.
 pub fn widen_pipe(_pipe: &std::process::ChildStdout) {}
 

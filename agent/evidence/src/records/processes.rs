@@ -222,11 +222,14 @@ pub struct Mapping {
     pub end: u64,
     /// `r-xp` and the like.
     pub permissions: Text,
-    /// Offset in the file.
+    /// Offset in the file; absent when it is 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub offset: u64,
-    /// Device, `major:minor` in hexadecimal.
-    pub device: Text,
-    /// Inode of the file.
+    /// Device of the file, `major:minor` in hexadecimal; absent when there is no file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<Text>,
+    /// Inode of the file; absent when there is no file.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub inode: u64,
     /// The file, or the kernel's name for the area; as the kernel prints it, line feeds as `\012`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -234,6 +237,10 @@ pub struct Mapping {
     /// What makes it interesting.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub marks: Vec<Mark>,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// What makes a mapping interesting.

@@ -266,7 +266,7 @@ fn mapping(line: &[u8]) -> Option<Mapping> {
         end,
         permissions: Text::from(permissions),
         offset,
-        device: Text::from(device),
+        device: (device != b"00:00").then(|| Text::from(device)),
         inode,
         path: path.map(Text::from),
         marks: marks(permissions, inode, path.unwrap_or_default()),
