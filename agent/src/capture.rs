@@ -15,7 +15,7 @@ use std::{
     collections::VecDeque,
     io,
     path::PathBuf,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::mpsc::{Receiver, SyncSender, channel, sync_channel},
     thread::Scope,
     time::Instant,
 };
@@ -94,6 +94,7 @@ pub fn run(
             acknowledged: Vec::new(),
             waiting: VecDeque::new(),
             current: None,
+            broken: None,
             footprint: Footprint {
                 pids: vec![std::process::id()],
                 ..Footprint::default()
@@ -117,11 +118,21 @@ fn new_key() -> Result<CaptureKey, Failure> {
     })
 }
 
-/// Puts segments beside the collecting, so that neither waits for the other.
+/// Puts objects beside the collecting, one after another, so that neither waits for the other.
 struct Putter {
-    give: SyncSender<Packed>,
-    taken: Receiver<(SegmentEntry, io::Result<()>)>,
+    give: SyncSender<Put>,
+    taken: Receiver<Taken>,
     in_flight: usize,
+}
+
+enum Put {
+    Segment(Packed),
+    Event(Key, Vec<u8>, Box<Event>),
+}
+
+enum Taken {
+    Segment(SegmentEntry, io::Result<()>),
+    Event(Key, Box<Event>, io::Result<()>),
 }
 
 impl Putter {
@@ -129,24 +140,34 @@ impl Putter {
         scope: &'scope Scope<'scope, 'env>,
         store: &'env dyn Store,
     ) -> Result<Self, Failure> {
-        let (give, jobs) = sync_channel::<Packed>(1);
-        let (done, taken) = sync_channel(64);
-        std::thread::Builder::new()
-            .name("store".to_owned())
-            .spawn_scoped(scope, move || {
-                for Packed { bytes, mut entry } in jobs {
-                    let result = store
-                        .put(&entry.key(), &bytes)
-                        .map(|receipt| entry.receipt = receipt);
-                    if done.send((entry, result)).is_err() {
-                        return;
+        let (give, jobs) = sync_channel::<Put>(4);
+        // Answers are never waited for by the one who gives them.
+        let (done, taken) = channel();
+        let work = move || {
+            for job in jobs {
+                let taken = match job {
+                    Put::Segment(Packed { bytes, mut entry }) => {
+                        let result = store
+                            .put(&entry.key(), &bytes)
+                            .map(|receipt| entry.receipt = receipt);
+                        Taken::Segment(entry, result)
                     }
+                    Put::Event(key, bytes, event) => {
+                        let result = store.put(&key, &bytes).map(|_| ());
+                        Taken::Event(key, event, result)
+                    }
+                };
+                if done.send(taken).is_err() {
+                    return;
                 }
-            })
-            .map_err(|e| Failure::System {
-                what: "no thread for the store",
-                why: e.to_string(),
-            })?;
+            }
+        };
+        let thread = std::thread::Builder::new().name("store".to_owned());
+        let no_thread = |e: io::Error| Failure::System {
+            what: "no thread for the store",
+            why: e.to_string(),
+        };
+        thread.spawn_scoped(scope, work).map_err(no_thread)?;
         Ok(Putter {
             give,
             taken,
@@ -173,6 +194,8 @@ struct Session<'a> {
     /// Outcomes whose segments are under way: the outcome, and how many it still waits for.
     waiting: VecDeque<(Outcome, usize)>,
     current: Option<Current>,
+    /// Why the chain goes no further.
+    broken: Option<Failure>,
     footprint: Footprint,
     tell: &'a mut dyn FnMut(&Event),
 }
@@ -189,22 +212,39 @@ impl Session<'_> {
             clock: crate::sys::clock(request.order.ordered_at),
             store: self.store.kind().to_owned(),
         };
-        self.event(What::Opened(Box::new(opening)))
+        self.event(What::Opened(Box::new(opening)))?;
+        // Nothing is collected before it has landed.
+        self.drain()
     }
 
-    /// Makes the next event, puts it, and only then lets it count.
+    /// Makes the next event and has it put. It is told when the store has it.
     fn event(&mut self, what: What) -> Result<(), Failure> {
         let segments = std::mem::take(&mut self.acknowledged);
         let elapsed = u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX);
         let (key, object, event) = self.writer.next(elapsed, segments, what)?;
-        self.object(&key, &object)?;
         // The same reading that a verifier does, so that a chain that would not verify is never closed.
         match &mut self.chain {
             Some(chain) => chain.push(&object)?,
             None => self.chain = Some(Chain::open(event.capture, &object)?),
         }
-        (self.tell)(&event);
+        self.footprint.sent = self.footprint.sent.saturating_add(object.len() as u64);
+        self.put(Put::Event(key, object, Box::new(event)));
         Ok(())
+    }
+
+    fn put(&mut self, put: Put) {
+        if self.put.give.send(put).is_ok() {
+            self.put.in_flight += 1;
+        }
+    }
+
+    /// Waits until the store has answered everything; an error when the chain goes no further.
+    fn drain(&mut self) -> Result<(), Failure> {
+        while self.put.in_flight > 0 {
+            self.settle(true);
+            self.report()?;
+        }
+        self.report()
     }
 
     fn object(&mut self, key: &Key, bytes: &[u8]) -> Result<(), Failure> {
@@ -232,10 +272,7 @@ impl Session<'_> {
             Step::Record(line) => self.record(&line),
             Step::End(_, end) => self.end(end),
         })?;
-        while self.put.in_flight > 0 {
-            self.settle(true);
-        }
-        self.report()?;
+        self.drain()?;
         let own = crate::sys::usage();
         let plus = |a: Option<u64>, b: Option<u64>| Some(a?.saturating_add(b.unwrap_or(0)));
         self.footprint.pids.extend(cost.pids);
@@ -297,9 +334,7 @@ impl Session<'_> {
 
     fn send(&mut self, packed: Packed) {
         self.footprint.sent = self.footprint.sent.saturating_add(packed.entry.stored);
-        if self.put.give.send(packed).is_ok() {
-            self.put.in_flight += 1;
-        }
+        self.put(Put::Segment(packed));
     }
 
     fn end(&mut self, end: crate::worker::End) -> Result<(), Failure> {
@@ -340,16 +375,23 @@ impl Session<'_> {
                 self.put.taken.try_recv().ok()
             };
             wait = false;
-            let Some((entry, result)) = answer else { return };
-            self.put.in_flight -= 1;
+            let Some(answer) = answer else { return };
+            self.put.in_flight = self.put.in_flight.saturating_sub(1);
             for (_, left) in &mut self.waiting {
                 *left = left.saturating_sub(1);
             }
-            match result {
+            match answer {
                 // A gap in the numbers would make the rest of the artifact unreadable: it ends before the first loss.
-                Ok(()) if !self.lost(&entry) => self.acknowledged.push(entry),
-                Ok(()) => (),
-                Err(error) => self.fail(&entry, &error),
+                Taken::Segment(entry, Ok(())) if !self.lost(&entry) => self.acknowledged.push(entry),
+                Taken::Segment(_, Ok(())) => (),
+                Taken::Segment(entry, Err(error)) => self.fail(&entry, &error),
+                Taken::Event(_, event, Ok(())) => (self.tell)(&event),
+                Taken::Event(key, _, Err(source)) => {
+                    self.broken.get_or_insert(Failure::Store {
+                        key: key.to_string(),
+                        source,
+                    });
+                }
             }
         }
     }
@@ -389,6 +431,9 @@ impl Session<'_> {
 
     /// An event for every outcome whose segments have all been answered.
     fn report(&mut self) -> Result<(), Failure> {
+        if let Some(failure) = self.broken.take() {
+            return Err(failure);
+        }
         while self.waiting.front().is_some_and(|(_, left)| *left == 0) {
             if let Some((outcome, _)) = self.waiting.pop_front() {
                 self.event(What::Step(outcome))?;
@@ -401,6 +446,7 @@ impl Session<'_> {
         let stopped = cancel.requested().map(|why| format!("stopped: {why}"));
         let footprint = self.footprint.clone();
         self.event(What::Closed(Closing { stopped, footprint }))?;
+        self.drain()?;
         let Some(chain) = self.chain.take() else {
             return Err(Failure::Format(Error::Chain(
                 "the chain was never opened".to_owned(),
