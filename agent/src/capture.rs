@@ -12,10 +12,10 @@ use crate::{
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     io,
     path::PathBuf,
-    sync::mpsc::{Receiver, SyncSender, channel, sync_channel},
+    sync::mpsc::{Receiver, SyncSender, TryRecvError, channel, sync_channel},
     thread::Scope,
     time::Instant,
 };
@@ -144,12 +144,21 @@ impl Putter {
         // Answers are never waited for by the one who gives them.
         let (done, taken) = channel();
         let work = move || {
+            // A gap in the numbers of an artifact would make what is behind it unreadable.
+            let mut ended: BTreeSet<Artifact> = BTreeSet::new();
             for job in jobs {
                 let taken = match job {
                     Put::Segment(Packed { bytes, mut entry }) => {
-                        let result = store
-                            .put(&entry.key(), &bytes)
-                            .map(|receipt| entry.receipt = receipt);
+                        let result = if ended.contains(&entry.artifact) {
+                            Err(io::Error::other("one before it was not stored"))
+                        } else {
+                            store
+                                .put(&entry.key(), &bytes)
+                                .map(|receipt| entry.receipt = receipt)
+                        };
+                        if result.is_err() {
+                            ended.insert(entry.artifact.clone());
+                        }
                         Taken::Segment(entry, result)
                     }
                     Put::Event(key, bytes, event) => {
@@ -233,9 +242,19 @@ impl Session<'_> {
     }
 
     fn put(&mut self, put: Put) {
-        if self.put.give.send(put).is_ok() {
-            self.put.in_flight += 1;
+        match self.put.give.send(put) {
+            Ok(()) => self.put.in_flight += 1,
+            Err(_) => self.store_died(),
         }
+    }
+
+    fn store_died(&mut self) {
+        self.put.in_flight = 0;
+        let why = "it ended before the capture did".to_owned();
+        self.broken.get_or_insert(Failure::System {
+            what: "the thread of the store",
+            why,
+        });
     }
 
     /// Waits until the store has answered everything; an error when the chain goes no further.
@@ -369,21 +388,22 @@ impl Session<'_> {
     fn settle(&mut self, wait: bool) {
         let mut wait = wait;
         loop {
-            let answer = if wait {
-                self.put.taken.recv().ok()
-            } else {
-                self.put.taken.try_recv().ok()
+            let answer = match wait {
+                true => self.put.taken.recv().map_err(|_| TryRecvError::Disconnected),
+                false => self.put.taken.try_recv(),
             };
             wait = false;
-            let Some(answer) = answer else { return };
+            let answer = match answer {
+                Ok(answer) => answer,
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => return self.store_died(),
+            };
             self.put.in_flight = self.put.in_flight.saturating_sub(1);
             for (_, left) in &mut self.waiting {
                 *left = left.saturating_sub(1);
             }
             match answer {
-                // A gap in the numbers would make the rest of the artifact unreadable: it ends before the first loss.
-                Taken::Segment(entry, Ok(())) if !self.lost(&entry) => self.acknowledged.push(entry),
-                Taken::Segment(_, Ok(())) => (),
+                Taken::Segment(entry, Ok(())) => self.acknowledged.push(entry),
                 Taken::Segment(entry, Err(error)) => self.fail(&entry, &error),
                 Taken::Event(_, event, Ok(())) => (self.tell)(&event),
                 Taken::Event(key, _, Err(source)) => {
@@ -404,10 +424,6 @@ impl Session<'_> {
             .map(|(outcome, _)| outcome)
             .chain(current)
             .find(|o| o.kind == *kind)
-    }
-
-    fn lost(&mut self, entry: &SegmentEntry) -> bool {
-        self.outcome_of(entry).is_none_or(|o| o.status == Status::Failed)
     }
 
     fn fail(&mut self, entry: &SegmentEntry, error: &io::Error) {

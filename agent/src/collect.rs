@@ -13,6 +13,7 @@ use std::{
 };
 use stillframe_evidence::{
     chain::{Problem, Status},
+    frames::MAX_FRAME,
     records::{Data, FieldError, Record},
     text::{Text, write_json},
 };
@@ -159,6 +160,11 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
+    /// True when a worker has hung on `field` of some process: those that are blocked as well are then left alone.
+    pub fn hung_on(&self, field: &str) -> bool {
+        self.job.hung.contains(field)
+    }
+
     /// Says that a long read goes on.
     pub fn alive(&mut self) {
         if self.alive.elapsed() > Duration::from_millis(200) {
@@ -192,10 +198,21 @@ impl<'a> Collection<'a> {
             data,
         };
         let mut line = std::mem::take(&mut self.line);
-        match write_json(&record, &mut line) {
-            Ok(()) => self.gather(b'R', &line),
-            Err(error) => self.problem("record", &record.source.0, None, error),
+        for record in record.in_parts() {
+            match write_json(&record, &mut line) {
+                Ok(()) if line.len() < MAX_FRAME => self.gather(b'R', &line),
+                Ok(()) => self.problem(
+                    "record",
+                    &record.source.0,
+                    None,
+                    format!("{} bytes, more than fit", line.len()),
+                ),
+                Err(error) => self.problem("record", &record.source.0, None, error),
+            }
         }
+        // One giant must not be held until the end.
+        line.clear();
+        line.shrink_to(1 << 20);
         self.line = line;
     }
 

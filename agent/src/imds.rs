@@ -35,7 +35,7 @@ pub fn instance(firmware_id: Option<Text>) -> Option<Instance> {
 fn ask(endpoint: &str) -> Result<(Text, Text), ureq::Error> {
     // No proxy: the host's environment does not get to see the token. No redirect: the service sends none.
     let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_global(Some(Duration::from_secs(1)))
+        .timeout_global(Some(Duration::from_millis(500)))
         .proxy(None)
         .max_redirects(0)
         .build()

@@ -47,6 +47,8 @@ pub struct Job {
     pub resume: Vec<Resume>,
     /// Mounts that a worker hung on.
     pub avoid_mounts: BTreeSet<u64>,
+    /// Fields that a worker hung on where no mount is to blame: processes that are blocked are not asked for them again.
+    pub hung: BTreeSet<String>,
     /// Processes seen so far: id and start.
     pub seen: Vec<(u32, u64)>,
 }
@@ -146,7 +148,7 @@ fn hear(pipe: &mut impl Read) -> io::Result<Heard> {
     pipe.read_exact(&mut lane)?;
     pipe.read_exact(&mut length)?;
     let length = usize::try_from(u32::from_le_bytes(length)).map_err(io::Error::other)?;
-    if length >= MAX_FRAME {
+    if length > MAX_FRAME {
         return Err(io::Error::other("a worker sent more than a frame may hold"));
     }
     let mut body = vec![0; length];
@@ -217,15 +219,20 @@ impl Worker {
         let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
-        serde_json::to_writer(&mut input, job)?;
-        drop(input);
+        let job = serde_json::to_vec(job)?;
         crate::sys::widen_pipe(&output);
         // Few: a batch may hold megabytes, and the store may be slower than the worker.
         let (tell, heard) = sync_channel(4);
         let reader = std::thread::Builder::new()
             .name("pipe".to_owned())
             .stack_size(128 << 10);
-        reader.spawn(move || read_pipe(output, &tell))?;
+        reader.spawn(move || {
+            // A worker may be stopped before it has read its job, and a parent that waited for that would wait for ever.
+            // One that is gone already shows at the other end.
+            let _ = input.write_all(&job);
+            drop(input);
+            read_pipe(output, &tell);
+        })?;
         Ok(Worker {
             child,
             heard,
@@ -316,9 +323,18 @@ pub struct Cost {
     pub usage: Usage,
 }
 
+/// What workers have hung on, across steps.
+#[derive(Default)]
+struct Avoid {
+    mounts: BTreeSet<u64>,
+    fields: BTreeSet<String>,
+}
+
 /// State of the step under way, across the workers that run it.
 struct Progress {
     started: Instant,
+    /// Time that the store took from the step, which is not the host's fault.
+    stored: Duration,
     begun: bool,
     lanes: Vec<Lane>,
     problems: Vec<Problem>,
@@ -384,12 +400,18 @@ impl Progress {
     fn new(lanes: u8) -> Self {
         Progress {
             started: Instant::now(),
+            stored: Duration::ZERO,
             begun: false,
             lanes: (0..lanes.max(1)).map(|_| Lane::default()).collect(),
             problems: Vec::new(),
             notes: Vec::new(),
             lost: 0,
         }
+    }
+
+    /// Time that the collecting has taken.
+    fn elapsed(&self) -> Duration {
+        self.started.elapsed().saturating_sub(self.stored)
     }
 
     fn problem(&mut self, problem: Problem) {
@@ -408,7 +430,7 @@ impl Progress {
     }
 
     /// Takes note of a lost worker.
-    fn lost(&mut self, fate: &str, avoid_mounts: &mut BTreeSet<u64>, hung: bool) {
+    fn lost(&mut self, fate: &str, avoid: &mut Avoid, hung: bool) {
         self.lost += 1;
         let mut at: Vec<At> = Vec::new();
         for lane in &mut self.lanes {
@@ -418,10 +440,10 @@ impl Progress {
             at.push((Text::from("between two items"), None));
         }
         for (name, field) in at {
-            if let Some((_, Some(mount))) = field
-                && hung
-            {
-                avoid_mounts.insert(mount);
+            match &field {
+                Some((_, Some(mount))) if hung => _ = avoid.mounts.insert(*mount),
+                Some((field, None)) if hung => _ = avoid.fields.insert(field.clone()),
+                _ => (),
             }
             let what = field.map_or_else(|| "item".to_owned(), |(field, _)| field);
             self.problem(Problem {
@@ -466,7 +488,7 @@ pub fn supervise<E>(
 ) -> Result<Cost, E> {
     let mut cost = Cost::default();
     let mut seen: Vec<(u32, u64)> = Vec::new();
-    let mut avoid_mounts = BTreeSet::new();
+    let mut avoided = Avoid::default();
     let mut worker: Option<Worker> = None;
     let mut remaining = tasks.iter();
     let mut behind = tasks;
@@ -490,7 +512,8 @@ pub fn supervise<E>(
                     steps,
                     lanes,
                     resume: progress.lanes.iter().map(|lane| lane.resume.clone()).collect(),
-                    avoid_mounts: avoid_mounts.clone(),
+                    avoid_mounts: avoided.mounts.clone(),
+                    hung: avoided.fields.clone(),
                     seen: seen.clone(),
                 };
                 match Worker::start(&job) {
@@ -513,14 +536,14 @@ pub fn supervise<E>(
                 Turn::WorkerDone => worker = None,
                 Turn::Lost { fate, hung } => {
                     worker = None;
-                    progress.lost(&fate, &mut avoid_mounts, hung);
+                    progress.lost(&fate, &mut avoided, hung);
                     if progress.lost >= MAX_LOST || (!progress.begun && progress.lost >= 3) {
                         let why = format!("{} workers were lost; the last one {fate}", progress.lost);
                         break progress.end(Status::Failed, Some(why));
                     }
                 }
             }
-            if progress.started.elapsed() >= task.deadline {
+            if progress.elapsed() >= task.deadline {
                 // Its worker is in the middle of this step: the next step gets a new one.
                 worker = None;
                 let why = format!("the deadline of {} s came first", task.deadline.as_secs());
@@ -566,7 +589,7 @@ fn turn<E>(
     seen: &mut Vec<(u32, u64)>,
     each: &mut impl FnMut(Event) -> Result<(), E>,
 ) -> Result<Turn, E> {
-    let patience = SILENCE.min(task.deadline.saturating_sub(progress.started.elapsed()));
+    let patience = SILENCE.min(task.deadline.saturating_sub(progress.elapsed()));
     let (lane, message) = match worker.hear(patience) {
         Ok(Ok(Heard {
             lane,
@@ -575,7 +598,9 @@ fn turn<E>(
             if let Some(lane) = progress.lanes.get_mut(usize::from(lane)) {
                 lane.records_of_item += 1;
             }
+            let handed_over = Instant::now();
             each(Event::Record(line))?;
+            progress.stored += handed_over.elapsed();
             return Ok(Turn::Go);
         }
         Ok(Ok(Heard {
@@ -692,10 +717,10 @@ mod tests {
     #[test]
     fn what_hung_is_left_out_at_once_and_its_mount_with_it() {
         let mut progress = Progress::new(2);
-        let mut mounts = BTreeSet::new();
+        let mut avoid = Avoid::default();
         at(&mut progress.lanes[1], 7, Some(("image", 42)));
         progress.lanes[0].resume.key = 7;
-        progress.lost("said nothing for 2 s", &mut mounts, true);
+        progress.lost("said nothing for 2 s", &mut avoid, true);
         assert_eq!(
             (progress.lanes[1].resume.key, &progress.lanes[1].resume.avoid[..]),
             (7, &["image".to_owned()][..])
@@ -711,10 +736,10 @@ mod tests {
             ),
             (1, "/proc/7 image")
         );
-        assert!(mounts.contains(&42));
+        assert!(avoid.mounts.contains(&42));
         at(&mut progress.lanes[1], 9, None);
         progress.lanes[1].records_of_item = 1;
-        progress.lost("was killed by signal 9", &mut mounts, false);
+        progress.lost("was killed by signal 9", &mut avoid, false);
         assert_eq!(
             progress.lanes[1].resume.key, 10,
             "records that are here are not collected twice"
@@ -725,7 +750,7 @@ mod tests {
             "and the rest of that item is named as lost"
         );
         at(&mut progress.lanes[1], 11, None);
-        progress.lost("said nothing for 2 s", &mut mounts, true);
+        progress.lost("said nothing for 2 s", &mut avoid, true);
         assert_eq!(
             progress.lanes[1].resume.key, 12,
             "an item that hangs without a field to leave out is passed over"

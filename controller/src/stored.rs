@@ -158,16 +158,25 @@ impl Objects for Stored {
         let mut found = Vec::new();
         let mut folders = vec![(self.folder.clone(), String::new())];
         while let Some((folder, prefix)) = folders.pop() {
-            let entries = fs::read_dir(&folder).map_err(|e| format!("{prefix}: {e}"))?;
-            for entry in entries {
+            let mut empty = true;
+            for entry in fs::read_dir(&folder).map_err(|e| format!("{prefix}: {e}"))? {
+                empty = false;
                 let entry = entry.map_err(|e| format!("{prefix}: {e}"))?;
                 let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
                 let metadata = entry.metadata().map_err(|e| format!("{name}: {e}"))?;
                 if metadata.is_dir() {
                     folders.push((entry.path(), name + "/"));
-                } else {
+                } else if metadata.is_file() {
                     found.push((name, metadata.len()));
+                } else {
+                    // No agent makes links, FIFOs or devices: as a name that is no key it is a finding.
+                    found.push((name + " (not a regular file)", 0));
                 }
+            }
+            let path = prefix.trim_end_matches('/');
+            let known = matches!(path, "" | "progress" | "volatile") || path.parse::<Artifact>().is_ok();
+            if empty && !known {
+                found.push((prefix, 0));
             }
         }
         Ok(found)
@@ -277,20 +286,38 @@ impl Stored {
         let artifact = Artifact::Volatile(kind.clone());
         for entry in chain.segments().filter(|s| s.artifact == artifact) {
             let key = entry.key();
-            let text = self.get(&key.to_string(), MAX_SEGMENT as u64).and_then(|bytes| {
+            let mut read = || -> Result<(), Trouble> {
+                let bytes = self
+                    .get(&key.to_string(), MAX_SEGMENT as u64)
+                    .map_err(Trouble::Segment)?;
                 if Hash::of(&bytes) != entry.sha256 {
-                    return Err("its content is not what its name promises".to_owned());
+                    return Err(Trouble::Segment(
+                        "its content is not what its name promises".to_owned(),
+                    ));
                 }
-                let plain = Segment::open(&bytes)
-                    .and_then(|segment| segment.plaintext())
-                    .map_err(|e| e.to_string())?;
-                String::from_utf8(plain).map_err(|e| e.to_string())
-            });
-            match text {
-                Ok(text) => text.lines().try_for_each(&mut each)?,
-                Err(why) => wrong(format!("{key}: {why}")),
+                // A frame at a time: a hostile segment may expand to any size.
+                Segment::open(&bytes)?.read(|_, plain| {
+                    let text = std::str::from_utf8(plain).map_err(|e| Trouble::Segment(e.to_string()))?;
+                    text.lines().try_for_each(&mut each).map_err(Trouble::Caller)
+                })
+            };
+            match read() {
+                Ok(()) => (),
+                Err(Trouble::Segment(why)) => wrong(format!("{key}: {why}")),
+                Err(Trouble::Caller(error)) => return Err(error),
             }
         }
         Ok(())
+    }
+}
+
+enum Trouble {
+    Segment(String),
+    Caller(anyhow::Error),
+}
+
+impl From<stillframe_evidence::Error> for Trouble {
+    fn from(error: stillframe_evidence::Error) -> Self {
+        Trouble::Segment(error.to_string())
     }
 }

@@ -159,10 +159,10 @@ fn a_newcomer_holds_a_capture_of_this_machine() {
         store::verify(&base, &["--expect-key", &key]).unwrap().0,
         "verified"
     );
-    let other = format!("{}{}", if key.starts_with('a') { "b" } else { "a" }, &key[1..]);
-    if let Ok((verdict, code, _)) = store::verify(&base, &["--expect-key", &other]) {
-        assert_eq!((verdict.as_str(), code), ("tampered", 1));
-    }
+    // A key that is one, and is another's.
+    let other = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+    let (verdict, code, _) = store::verify(&base, &["--expect-key", other]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("tampered", 1));
 }
 
 #[test]
@@ -268,6 +268,47 @@ fn hostile_names_are_kept_exactly_and_never_reach_a_terminal() {
             );
         }
     }
+}
+
+/// Control characters grow six-fold as JSON: an environment of 1.6 MiB is more than a record may hold.
+#[test]
+fn a_giant_environment_costs_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = vec![1u8; 100 << 10];
+    let giants: Vec<Running> = (0..3)
+        .map(|_| {
+            let mut command = Command::new("sleep");
+            command.arg("1000").env_clear();
+            command.envs((0..16).map(|i| (format!("V{i}"), OsString::from_vec(one.clone()))));
+            Running(command.spawn().unwrap())
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(100));
+    let base = folder.path().join("evidence");
+    assert_done(&capture(&base));
+    let details = store::records(&base, "process-details").unwrap();
+    for giant in &giants {
+        let parts: Vec<&Value> = details.iter().filter(|d| d["pid"] == giant.0.id()).collect();
+        assert!(parts.len() > 1 && parts[0]["image"]["sha256"].is_string());
+        let strings: Vec<&str> = parts
+            .iter()
+            .flat_map(|p| p["environ"].as_array().into_iter().flatten())
+            .map(|s| s.as_str().unwrap())
+            .collect();
+        assert_eq!(strings.len(), 16);
+        assert!(
+            strings
+                .iter()
+                .all(|s| s.bytes().filter(|b| *b == 1).count() == one.len())
+        );
+        assert!(
+            parts
+                .iter()
+                .any(|p| p["maps"].as_array().is_some_and(|m| !m.is_empty()))
+        );
+    }
+    let problems = store::outcome(&base, "process-details").unwrap()["problems"].clone();
+    assert!(!problems.to_string().contains("worker"), "{problems}");
 }
 
 #[test]

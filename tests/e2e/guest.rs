@@ -14,6 +14,8 @@ mount -t nosuchfs none /mnt 2>/dev/null
 echo "CONTROL BEFORE $(wc -l < /tmp/mark)"
 rm -f /tmp/mark
 
+# A file of the host says that unix_diag is built in. It is not, and whoever believed it would spring the trap.
+echo kernel/net/unix/unix_diag.ko >> "/lib/modules/$(uname -r)/modules.builtin"
 cp /bin/busybox /tmp/vanishing && (exec -a 'busybox
 lines' /tmp/vanishing sleep 1000) &
 unshare -n sleep 1001 &

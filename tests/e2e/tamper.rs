@@ -211,7 +211,10 @@ fn what_was_added_is_named() {
     let manifest = folder.join("manifest.json");
     fs::rename(&manifest, base.path().join("elsewhere")).unwrap();
     std::os::unix::fs::symlink(base.path().join("elsewhere"), &manifest).unwrap();
-    assert_verdict(base.path(), "incomplete", 3);
+    assert_tampered(base.path(), "manifest.json (not a regular file)");
+    fs::rename(base.path().join("elsewhere"), &manifest).unwrap();
+    fs::create_dir(folder.join("extra")).unwrap();
+    assert_tampered(base.path(), "extra/");
 }
 
 #[test]

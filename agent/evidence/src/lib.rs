@@ -30,7 +30,8 @@
 //! SHA-256 of its plaintext. The seek table has one entry more than the frame table: the frame table's own frame, with
 //! plaintext size 0. Nothing else is in a segment. Limits: [`frames::MAX_FRAME`], [`frames::MAX_SEGMENT`].
 //!
-//! The plaintext of a `volatile` artifact is JSON lines: one [`records::Record`] a line. No line spans two segments.
+//! The plaintext of a `volatile` artifact is JSON lines: one [`records::Record`] a line. No line spans two frames. A
+//! process with very long lists has several records in a row, each with its `pid`, that continue the lists.
 //!
 //! # Roots
 //! All roots are Merkle tree hashes as in RFC 9162, section 2.1.1, with SHA-256 ([`root`]): of a segment over the

@@ -29,6 +29,53 @@ pub struct Record {
     pub data: Data,
 }
 
+/// Bytes of lists that one record holds at most. Escaped as JSON they may grow six-fold and stay below
+/// [`crate::frames::MAX_FRAME`].
+const LISTS: usize = 1 << 20;
+
+impl Record {
+    /// The record, and as many behind it as its long lists need: each repeats what identifies it (`pid`, `start_ticks`) and
+    /// continues the lists of the one before. Nearly always it is one.
+    pub fn in_parts(mut self) -> Vec<Record> {
+        let mut parts = Vec::new();
+        loop {
+            let rest = match &mut self.data {
+                Data::Process(p) => p.split_off(LISTS).map(|rest| Data::Process(Box::new(rest))),
+                Data::ProcessDetails(p) => p
+                    .split_off(LISTS)
+                    .map(|rest| Data::ProcessDetails(Box::new(rest))),
+                _ => None,
+            };
+            let Some(data) = rest else {
+                parts.push(self);
+                return parts;
+            };
+            let next = Record {
+                source: self.source.clone(),
+                read_at: self.read_at,
+                errors: Vec::new(),
+                data,
+            };
+            parts.push(std::mem::replace(&mut self, next));
+        }
+    }
+}
+
+/// What of `list` is beyond `room`, which shrinks by what is kept. At least one element is kept when nothing else is in
+/// the record, so that splitting ends.
+fn beyond<T>(list: &mut Vec<T>, room: &mut usize, size: impl Fn(&T) -> usize) -> Vec<T> {
+    let mut kept = 0;
+    for element in list.iter() {
+        let size = size(element);
+        if size > *room && (kept > 0 || *room < LISTS) {
+            break;
+        }
+        *room = room.saturating_sub(size);
+        kept += 1;
+    }
+    list.split_off(kept)
+}
+
 /// A part of a record that could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FieldError {
@@ -73,4 +120,56 @@ pub enum Data {
     Login(Box<sessions::Login>),
     /// `sessions`: a session or a user as logind keeps it.
     Logind(Box<sessions::Logind>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use processes::{Fd, Process, ProcessDetails};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn long_lists_go_on_in_further_records(words in proptest::collection::vec(0usize..400_000, 0..12), fds in 0usize..40_000) {
+            let process = Process {
+                pid: 7,
+                start_ticks: Some(9),
+                cmdline: Some(words.iter().map(|n| Text(vec![1; *n])).collect()),
+                fds: (0..u32::try_from(fds).unwrap()).map(|fd| Fd { fd, target: Text::from("/x") }).collect(),
+                ..Process::default()
+            };
+            let (cmdline, fds) = (process.cmdline.clone().unwrap(), process.fds.clone());
+            let data = Data::Process(Box::new(process));
+            let record = Record { source: Text::from("/proc/7"), read_at: Timestamp::UNIX_EPOCH, errors: vec![], data };
+            let (mut all_words, mut all_fds) = (vec![], vec![]);
+            for part in record.in_parts() {
+                let mut line = Vec::new();
+                crate::text::write_json(&part, &mut line).unwrap();
+                prop_assert!(line.len() < crate::frames::MAX_FRAME);
+                let Data::Process(part) = part.data else { panic!("another kind") };
+                prop_assert_eq!((part.pid, part.start_ticks), (7, Some(9)));
+                all_words.extend(part.cmdline.unwrap_or_default());
+                all_fds.extend(part.fds);
+            }
+            prop_assert_eq!(all_words, cmdline);
+            prop_assert_eq!(all_fds, fds);
+        }
+    }
+
+    #[test]
+    fn one_string_larger_than_a_record_ends_too() {
+        let details = ProcessDetails {
+            pid: 1,
+            environ: Some(vec![Text(vec![b'a'; 3 << 20]); 3]),
+            ..Default::default()
+        };
+        let data = Data::ProcessDetails(Box::new(details));
+        let record = Record {
+            source: Text::default(),
+            read_at: Timestamp::UNIX_EPOCH,
+            errors: vec![],
+            data,
+        };
+        assert_eq!(record.in_parts().len(), 3);
+    }
 }

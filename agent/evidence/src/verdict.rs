@@ -162,6 +162,19 @@ impl Salvage {
         })
     }
 
+    /// True when nothing that `old` relied on is missing here.
+    pub fn continues(&self, old: &Salvage) -> bool {
+        let segments = |s: &Salvage| {
+            s.artifacts
+                .iter()
+                .flat_map(|a| &a.segments)
+                .map(SegmentEntry::key)
+                .collect()
+        };
+        let (ours, theirs): (BTreeSet<Key>, BTreeSet<Key>) = (segments(self), segments(old));
+        self.key == old.key && self.events.starts_with(&old.events) && ours.is_superset(&theirs)
+    }
+
     /// The file.
     pub fn object(&self) -> Result<Vec<u8>, Error> {
         Ok((json_line(self)? + "\n").into_bytes())
@@ -644,6 +657,15 @@ mod tests {
         assert_eq!(salvage.unfinished, ["gamma"]);
         let object = salvage.object().unwrap();
         assert_eq!(verify(&map, id, None, Some(&object)).verdict, Verdict::Salvaged);
+        // What shrinks after it was salvaged does not get a new record; what grew does.
+        let mut shorter = map.clone();
+        shorter.0.retain(|k, _| !k.starts_with("progress/000003"));
+        assert_eq!(
+            verify(&shorter, id, None, Some(&object)).verdict,
+            Verdict::Tampered
+        );
+        let less = Salvage::of(&judge(id, &shorter)).unwrap();
+        assert!(salvage.continues(&less) && !less.continues(&salvage));
         // A salvage record never outranks a manifest, nor hides a changed object.
         assert_eq!(
             verify(&full, id, None, Some(&object)).verdict,

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 use stillframe_evidence::{
@@ -18,12 +18,20 @@ use stillframe_evidence::{
     segments::Receipt,
 };
 
+/// What the events, `SHA256SUMS` and the manifest of a capture take, with room to spare.
+const RESERVE: usize = 256 << 10;
+/// ENOSPC, ERROR_DISK_FULL.
+const NO_SPACE: i32 = if cfg!(windows) { 112 } else { 28 };
+
 /// A directory store, open for one capture.
 pub struct Directory {
     capture: PathBuf,
     partial: PathBuf,
     id: CaptureId,
     next: AtomicU64,
+    /// Room that is given back when the disk is full.
+    reserve: PathBuf,
+    full: AtomicBool,
     folders: Mutex<BTreeSet<PathBuf>>,
 }
 
@@ -63,7 +71,17 @@ impl Directory {
         for folder in capture.ancestors().take_while(|folder| folder.starts_with(&base)) {
             crate::sys::sync_folder(folder).map_err(|e| wrong("cannot be synced", e))?;
         }
+        let reserve = partial.join(format!("{id}-reserve"));
+        if let Err(error) =
+            fs::write(&reserve, vec![0; RESERVE]).and_then(|()| File::open(&reserve)?.sync_all())
+        {
+            let _ = fs::remove_file(&reserve);
+            let _ = fs::remove_dir(&capture);
+            return Err(wrong("has no room", error));
+        }
         Ok(Directory {
+            reserve,
+            full: AtomicBool::new(false),
             capture,
             partial,
             id,
@@ -87,6 +105,36 @@ impl Store for Directory {
     }
 
     fn put(&self, key: &Key, bytes: &[u8]) -> io::Result<Receipt> {
+        let is_segment = matches!(key, Key::Segment { .. });
+        if is_segment && self.full.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(NO_SPACE));
+        }
+        match self.put_once(key, bytes) {
+            Err(error)
+                if error.kind() == io::ErrorKind::StorageFull && !self.full.swap(true, Ordering::Relaxed) =>
+            {
+                // From here on the room that was kept is for the events and the manifest, which say what is missing.
+                fs::remove_file(&self.reserve)?;
+                if is_segment {
+                    Err(error)
+                } else {
+                    self.put_once(key, bytes)
+                }
+            }
+            result => result,
+        }
+    }
+
+    fn finish(&self) -> io::Result<()> {
+        let _ = fs::remove_file(&self.reserve);
+        // Fails while another capture writes here, which is right.
+        let _ = fs::remove_dir(&self.partial);
+        Ok(())
+    }
+}
+
+impl Directory {
+    fn put_once(&self, key: &Key, bytes: &[u8]) -> io::Result<Receipt> {
         let target = self.capture.join(key.to_string());
         let folder = target.parent().unwrap_or(&self.capture);
         if let Ok(mut made) = self.folders.lock()
@@ -113,17 +161,15 @@ impl Store for Directory {
         // Gone already where it was renamed; a rest of a failed write gives its space back.
         let _ = fs::remove_file(&temporary);
         placed?;
-        crate::sys::sync_folder(folder)?;
+        if let Err(error) = crate::sys::sync_folder(folder) {
+            // Said to be lost, so it must not be there.
+            let _ = fs::remove_file(&target);
+            return Err(error);
+        }
         Ok(Receipt {
             confirmed: true,
             ..Receipt::default()
         })
-    }
-
-    fn finish(&self) -> io::Result<()> {
-        // Fails while another capture writes here, which is right.
-        let _ = fs::remove_dir(&self.partial);
-        Ok(())
     }
 }
 

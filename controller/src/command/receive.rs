@@ -70,6 +70,9 @@ fn receive(args: &Args, open: &mut BTreeMap<(Writer, CaptureId), Directory>, inp
             .to_owned();
         drop(path);
         let (writer, id, key) = parse_evidence_key(&name).with_context(|| name.clone())?;
+        if writer != Writer::local() {
+            bail!("{name}: a stream is of writer local; only a store can vouch for another");
+        }
         if !entry.header().entry_type().is_file() {
             bail!("{name}: not a regular file");
         }

@@ -19,10 +19,14 @@ pub struct Args {
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
     let report = verify::report(&stored, None);
-    // A capture that grew since it was salvaged contradicts its old record, and gets a new one.
-    let stale = report.findings.iter().all(|f| f.object == "salvage.json") && !report.findings.is_empty();
-    if report.verdict == Verdict::Incomplete || stale {
-        let fresh = stillframe_evidence::verdict::verify(&stored, stored.id, None, None);
+    // A capture that was still under way when it was salvaged has grown, and gets a new record; one that has shrunk since is
+    // what the old record is there to show.
+    let fresh = stillframe_evidence::verdict::verify(&stored, stored.id, None, None);
+    let grown = || {
+        let old: Salvage = serde_json::from_slice(&stored.salvage()?).ok()?;
+        Some(fresh.verdict == Verdict::Incomplete && Salvage::of(&fresh)?.continues(&old))
+    };
+    if report.verdict == Verdict::Incomplete || grown() == Some(true) {
         let (Some(salvage), Some(path)) = (Salvage::of(&fresh), stored.salvage_path()) else {
             bail!(
                 "capture {}: not even its first event can be read; nothing can be salvaged",

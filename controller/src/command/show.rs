@@ -9,7 +9,7 @@ use crate::{
 use anyhow::Result;
 use clap::Args as ClapArgs;
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 use stillframe_evidence::{
     chain::{Chain, Outcome},
     layout::Kind,
@@ -82,16 +82,23 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
 
 fn view(stored: &Stored, chain: &Chain, broken: Option<String>) -> Result<View> {
     let mut warnings: Vec<String> = broken.into_iter().collect();
-    let (mut host, mut processes, mut details, mut sockets) =
-        (None, BTreeMap::new(), BTreeMap::new(), Vec::new());
+    let (mut host, mut processes, mut details, mut sockets) = (
+        None,
+        BTreeMap::new(),
+        BTreeMap::<u32, ProcessDetails>::new(),
+        Vec::new(),
+    );
     for kind in ["host", "processes", "process-details", "sockets"] {
         let kind: Kind = kind.parse()?;
         let mut unreadable = 0usize;
         let each = |line: &str| {
             match serde_json::from_str::<Record>(line).map(|r| r.data) {
                 Ok(Data::Host(read)) => host = Some(*read),
-                Ok(Data::Process(process)) => _ = processes.insert(process.pid, *process),
-                Ok(Data::ProcessDetails(read)) => _ = details.insert(read.pid, *read),
+                Ok(Data::Process(process)) => _ = processes.entry(process.pid).or_insert(*process),
+                Ok(Data::ProcessDetails(read)) => match details.entry(read.pid) {
+                    Entry::Vacant(new) => _ = new.insert(*read),
+                    Entry::Occupied(known) => known.into_mut().maps.extend(read.maps),
+                },
                 Ok(Data::Socket(socket)) => sockets.push(*socket),
                 Ok(_) => (),
                 Err(_) => unreadable += 1,

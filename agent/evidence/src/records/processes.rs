@@ -105,6 +105,53 @@ pub struct Process {
     pub fds: Vec<Fd>,
 }
 
+impl Process {
+    /// Takes off what is beyond `room` bytes of lists; the rest repeats the identity.
+    pub(super) fn split_off(&mut self, mut room: usize) -> Option<Self> {
+        let mut words = self.cmdline.take();
+        let cmdline = words
+            .as_mut()
+            .map(|words| super::beyond(words, &mut room, |w| w.0.len() + 32));
+        self.cmdline = words;
+        let threads = super::beyond(&mut self.threads, &mut room, |t| {
+            t.comm.as_ref().map_or(0, |c| c.0.len()) + 64
+        });
+        let fds = super::beyond(&mut self.fds, &mut room, |fd| fd.target.0.len() + 64);
+        let cmdline = cmdline.filter(|words| !words.is_empty());
+        (cmdline.is_some() || !threads.is_empty() || !fds.is_empty()).then(|| Process {
+            pid: self.pid,
+            start_ticks: self.start_ticks,
+            cmdline,
+            threads,
+            fds,
+            ..Process::default()
+        })
+    }
+}
+
+impl ProcessDetails {
+    /// The same.
+    pub(super) fn split_off(&mut self, mut room: usize) -> Option<Self> {
+        let mut words = self.environ.take();
+        let environ = words
+            .as_mut()
+            .map(|words| super::beyond(words, &mut room, |w| w.0.len() + 32));
+        self.environ = words;
+        let maps = super::beyond(&mut self.maps, &mut room, |m| {
+            m.path.as_ref().map_or(0, |p| p.0.len()) + 192
+        });
+        let environ = environ.filter(|words| !words.is_empty());
+        (environ.is_some() || !maps.is_empty()).then(|| ProcessDetails {
+            pid: self.pid,
+            start_ticks: self.start_ticks,
+            identity: self.identity,
+            environ,
+            maps,
+            ..ProcessDetails::default()
+        })
+    }
+}
+
 /// Capability sets (capabilities(7)), each 16 hexadecimal digits.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Capabilities {

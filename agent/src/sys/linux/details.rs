@@ -3,7 +3,7 @@
 
 use super::proc::{ProcDir, hex, lines, number, reopen, strings};
 use super::processes::parse_stat;
-use crate::collect::{Collection, Errors, Unsupported, is_gone};
+use crate::collect::{Avoided, Collection, Errors, Unsupported, is_gone};
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
@@ -94,12 +94,13 @@ fn look_at(
         ..ProcessDetails::default()
     };
     let dir = ProcDir::open(&source).ok();
-    let mut kernel_thread = false;
+    let (mut kernel_thread, mut blocked) = (false, false);
     if let Some(stat) = dir.as_ref().and_then(|dir| dir.read("stat").ok()) {
         let mut process = Process::default();
         parse_stat(&stat, None, &mut process);
         details.start_ticks = process.start_ticks;
         kernel_thread = process.kernel_thread;
+        blocked = process.state == Some('D');
     }
     details.identity = match (seen.get(&pid).copied(), details.start_ticks) {
         (Some(before), Some(now)) if before == now => SameProcess::Same,
@@ -108,16 +109,16 @@ fn look_at(
         (None, Some(_)) if seen.is_empty() => SameProcess::Unknown,
         (None, Some(_)) => SameProcess::New,
         // Listed, never seen alive.
-        (None, None) => return,
+        (None, None) => return c.done(),
     };
     tally.gone += u64::from(details.identity == SameProcess::Gone);
     tally.new += u64::from(details.identity == SameProcess::New);
     tally.reused += u64::from(details.identity == SameProcess::Reused);
     if kernel_thread {
-        return;
+        return c.done();
     }
     if let Some(dir) = dir.filter(|_| details.identity != SameProcess::Gone) {
-        read(c, &dir, &mut details, &mut errors, hashed);
+        read(c, &dir, &mut details, &mut errors, hashed, blocked);
     }
     // It may end between two reads; that is the same news as its having gone before the first.
     errors.list.retain(|e| !is_gone(e.errno));
@@ -136,8 +137,17 @@ fn read(
     details: &mut ProcessDetails,
     errors: &mut Errors,
     hashed: &Hashed,
+    blocked: bool,
 ) {
-    match c.touching("environ", None) {
+    let may = |c: &mut Collection, field: &'static str| {
+        let blocked = blocked && c.hung_on(field);
+        if blocked {
+            Err(Avoided)
+        } else {
+            c.touching(field, None)
+        }
+    };
+    match may(c, "environ") {
         Ok(()) => {
             details.environ = errors
                 .keep("environ", "environ", dir.read("environ"))
@@ -145,7 +155,7 @@ fn read(
         }
         Err(_) => errors.avoided("environ", "environ"),
     }
-    match c.touching("maps", None) {
+    match may(c, "maps") {
         Ok(()) => {
             if let Some(maps) = errors.keep("maps", "maps", dir.read("maps")) {
                 details.maps = lines(&maps).filter_map(mapping).collect();

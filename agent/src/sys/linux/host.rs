@@ -7,7 +7,12 @@ use super::{
 use crate::collect::{Collection, Errors, Unsupported};
 use jiff::Timestamp;
 use procfs_core::{FromBufRead as _, Meminfo};
-use std::{collections::BTreeMap, io, path::Path};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::Path,
+    time::{Duration, Instant},
+};
 use stillframe_evidence::{
     records::{
         Data,
@@ -48,13 +53,29 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 }
 
 /// What tells this host from another. It reads procfs and sysfs, one small file, and asks the metadata service where the
-/// firmware says that there is one.
+/// firmware says that there is one; neither the file nor the service is waited for longer than a second.
 pub fn identity(root: &Path) -> Identity {
     let line = |path: &str| proc::read_line(&root.join(path)).ok();
     let mut identity = local_identity(root);
     let is_ec2 = line("sys/class/dmi/id/sys_vendor").is_some_and(|v| v.as_bytes() == b"Amazon EC2");
     let firmware_id = is_ec2.then(|| line("sys/class/dmi/id/board_asset_tag").unwrap_or_default());
-    identity.instance = crate::imds::instance(firmware_id);
+    let path = root.join("etc/machine-id");
+    let (tell, told) = std::sync::mpsc::channel();
+    // A thread that hangs is left behind; it keeps nothing that anybody waits for.
+    let asked = std::thread::Builder::new().spawn(move || {
+        let machine_id = proc::read_regular(&path, 4096)
+            .ok()
+            .map(|b| Text::from(b.trim_ascii()));
+        let _ = tell.send((machine_id, None));
+        let _ = tell.send((None, crate::imds::instance(firmware_id)));
+    });
+    let until = Instant::now() + Duration::from_secs(1);
+    while asked.is_ok()
+        && let Ok((machine_id, instance)) = told.recv_timeout(until.saturating_duration_since(Instant::now()))
+    {
+        identity.machine_id = identity.machine_id.or(machine_id);
+        identity.instance = identity.instance.or(instance);
+    }
     identity
 }
 
@@ -64,9 +85,7 @@ fn local_identity(root: &Path) -> Identity {
         hostname: line("proc/sys/kernel/hostname").unwrap_or_default(),
         os: "linux".to_owned(),
         boot_id: line("proc/sys/kernel/random/boot_id"),
-        machine_id: proc::read_regular(&root.join("etc/machine-id"), 4096)
-            .ok()
-            .map(|b| Text::from(b.trim_ascii())),
+        machine_id: None,
         instance: None::<Instance>,
     }
 }
@@ -122,14 +141,33 @@ fn read(c: &mut Collection, errors: &mut Errors) -> Host {
     }
     host.virtualization.hypervisor_type = keep("hypervisor", "sys/hypervisor/type").map(trimmed);
     host.virtualization.dmi = dmi(c.root(), errors);
-    let release = |path: &str| proc::read_regular(&c.path(path), 64 << 10);
-    let os_release = release("etc/os-release").or_else(|_| release("usr/lib/os-release"));
-    if let Some(bytes) = errors.keep_present("distribution", "/etc/os-release", os_release) {
-        host.distribution = lines(&bytes).filter_map(assignment).collect();
+    if c.touching("machine_id", None).is_ok() {
+        let path = c.path("etc/machine-id");
+        let id = errors.keep_present(
+            "machine_id",
+            path.as_os_str().as_encoded_bytes(),
+            proc::read_regular(&path, 4096),
+        );
+        host.identity.machine_id = id.map(|b| Text::from(b.trim_ascii()));
+    } else {
+        errors.avoided("machine_id", "/etc/machine-id");
     }
-    host.timezone = std::fs::read_link(c.path("etc/localtime"))
-        .ok()
-        .map(|t| Text::from(t.as_os_str().as_encoded_bytes()));
+    if c.touching("distribution", None).is_ok() {
+        let release = |path: &str| proc::read_regular(&c.path(path), 64 << 10);
+        let os_release = release("etc/os-release").or_else(|_| release("usr/lib/os-release"));
+        if let Some(bytes) = errors.keep_present("distribution", "/etc/os-release", os_release) {
+            host.distribution = lines(&bytes).filter_map(assignment).collect();
+        }
+    } else {
+        errors.avoided("distribution", "/etc/os-release");
+    }
+    if c.touching("timezone", None).is_ok() {
+        host.timezone = std::fs::read_link(c.path("etc/localtime"))
+            .ok()
+            .map(|t| Text::from(t.as_os_str().as_encoded_bytes()));
+    } else {
+        errors.avoided("timezone", "/etc/localtime");
+    }
     host.agent_namespaces = namespaces();
     host.agent_contained = contained(&host.agent_namespaces);
     host

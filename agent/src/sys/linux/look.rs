@@ -2,10 +2,10 @@
 //! namespace. A worker that took over in the middle has not seen all of it and makes it anew.
 
 use super::proc::{ProcDir, bracketed, fields, number};
+use crate::collect::Collection;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
-    path::Path,
 };
 use stillframe_evidence::records::sockets::Owner;
 
@@ -22,9 +22,14 @@ pub struct Look {
     pub netns_fds: BTreeMap<u64, String>,
     /// Processes whose open files could not be read: who holds a socket cannot be denied then.
     pub closed: BTreeSet<u32>,
+    /// True when there are processes that this procfs does not show: a scan that failed, or a pid namespace below the first.
+    pub blind: bool,
     /// True when every process was looked at by this worker.
     pub whole: bool,
 }
+
+/// include/linux/proc_ns.h, PROC_PID_INIT_INO
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// How many processes are kept for one namespace; any that lives will do.
 const ENOUGH: usize = 8;
@@ -103,8 +108,25 @@ impl Look {
         }
     }
 
+    /// Sees to it that the worker has a look at every process, its own or a new one. Without one it is blind, which is said.
+    pub fn ensure(c: &mut Collection) {
+        if !c.memory.look.whole {
+            match Look::scan(c) {
+                Ok(look) => c.memory.look = look,
+                Err(error) => {
+                    c.memory.look.blind = true;
+                    c.unread("processes", c.path("proc").as_os_str().as_encoded_bytes(), &error);
+                }
+            }
+        }
+        let own = std::fs::read_link("/proc/self/ns/pid").ok();
+        let own = own.and_then(|link| bracketed(link.as_os_str().as_encoded_bytes(), "pid"));
+        c.memory.look.blind |= own != Some(INITIAL_PID_NAMESPACE);
+    }
+
     /// A look at what every process holds now, for nothing else.
-    pub fn scan(root: &Path) -> io::Result<Self> {
+    pub fn scan(c: &mut Collection) -> io::Result<Self> {
+        let root = c.root();
         let mut look = Look {
             whole: true,
             ..Look::default()
@@ -113,6 +135,7 @@ impl Look {
             let Ok(dir) = ProcDir::open(&root.join(format!("proc/{pid}"))) else {
                 continue;
             };
+            c.alive();
             for kind in ["net", "mnt"] {
                 if let Some(inode) = dir
                     .link(&format!("ns/{kind}"))

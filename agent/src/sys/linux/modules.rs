@@ -26,7 +26,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     let mut found: BTreeMap<Vec<u8>, Module> = BTreeMap::new();
     match proc::read(&procfs) {
         Ok(bytes) => found.extend(lines(&bytes).filter_map(parse).map(|m| (m.name.0.clone(), m))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && c.path("proc/self/stat").exists() => {
             return Err(Unsupported(
                 "this kernel has no loadable modules: /proc/modules does not exist".to_owned(),
             ));

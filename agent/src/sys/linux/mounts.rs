@@ -15,16 +15,7 @@ use stillframe_evidence::{
 
 /// Every namespace in the order of its inode.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
-    if !c.memory.look.whole {
-        match Look::scan(c.root()) {
-            Ok(look) => c.memory.look = look,
-            Err(error) => c.unread(
-                "namespaces",
-                c.path("proc").as_os_str().as_encoded_bytes(),
-                &error,
-            ),
-        }
-    }
+    Look::ensure(c);
     let mut namespaces = c.memory.look.mntns.clone();
     if namespaces.is_empty() {
         // Not even the agent's own link could be read: its own view is all there is.
@@ -43,6 +34,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
                 None,
                 "not read: a worker that read here was lost",
             );
+            c.done();
             continue;
         }
         let read_at = Timestamp::now();
@@ -60,6 +52,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         let Some((pid, path, bytes)) = read else {
             let (path, error) = last.unwrap_or_else(|| (c.path("proc"), io::ErrorKind::NotFound.into()));
             c.unread("mountinfo", path.as_os_str().as_encoded_bytes(), &error);
+            c.done();
             continue;
         };
         for line in lines(&bytes) {

@@ -5,7 +5,7 @@ use super::{
     clock,
     proc::{ProcDir, bracketed, fields, hex, lines, number, strings},
 };
-use crate::collect::{Collection, Errors, Unsupported, is_gone};
+use crate::collect::{Avoided, Collection, Errors, Unsupported, is_gone};
 use jiff::{SignedDuration, Timestamp};
 use std::path::Path;
 use stillframe_evidence::{
@@ -146,7 +146,12 @@ fn read(
             .collect();
     }
     if !process.kernel_thread {
-        match c.touching("cmdline", None) {
+        let blocked = process.state == Some('D') && c.hung_on("cmdline");
+        match if blocked {
+            Err(Avoided)
+        } else {
+            c.touching("cmdline", None)
+        } {
             Ok(()) => {
                 process.cmdline = errors
                     .keep("cmdline", "cmdline", dir.read("cmdline"))

@@ -31,16 +31,7 @@ const IFF_PROMISC: u32 = 0x100;
 
 /// Every namespace in the order of its inode.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
-    if !c.memory.look.whole {
-        match Look::scan(c.root()) {
-            Ok(look) => c.memory.look = look,
-            Err(error) => c.unread(
-                "namespaces",
-                c.path("proc").as_os_str().as_encoded_bytes(),
-                &error,
-            ),
-        }
-    }
+    Look::ensure(c);
     let namespaces = netns::all(c, &c.memory.look);
     for netns in &namespaces {
         let name = format!("net:[{}]", netns.inode);
@@ -54,6 +45,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
                 None,
                 "not read: a worker that read here was lost",
             );
+            c.done();
             continue;
         }
         let read_at = Timestamp::now();

@@ -3,7 +3,10 @@
 use super::proc::{self, lines};
 use crate::collect::{Collection, Unsupported, is_gone};
 use jiff::Timestamp;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 use stillframe_evidence::{
     records::{
         Data,
@@ -19,30 +22,32 @@ const MAX_LOGIND: usize = 1 << 20;
 
 /// utmp first, then logind.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
-    let path = UTMP
-        .map(|p| c.path(p))
-        .into_iter()
-        .find(|p| p.symlink_metadata().is_ok());
-    let path = path.unwrap_or_else(|| c.path("run/utmp"));
-    let source = path.as_os_str().as_encoded_bytes();
-    if c.item(0, source) {
+    for (key, place) in (0u64..).zip(UTMP) {
+        let path = c.path(place);
+        let source = path.as_os_str().as_encoded_bytes();
+        if !c.item(key, source) {
+            continue;
+        }
         let read_at = Timestamp::now();
-        match c.touching("utmp", None) {
-            Ok(()) => match proc::read_regular(&path, MAX_UTMP) {
-                Ok(bytes) => utmp(c, source, read_at, &bytes),
-                Err(error) if is_gone(error.raw_os_error()) => c.note(format!("{}: absent", path.display())),
-                Err(error) => c.unread("utmp", source, &error),
-            },
-            Err(_) => c.problem("utmp", source, None, "not read: a worker that read here was lost"),
+        let read = match c.touching("utmp", None) {
+            Ok(()) => proc::read_regular(&path, MAX_UTMP),
+            Err(_) => Err(io::Error::other("not read: a worker that read here was lost")),
+        };
+        let absent = matches!(&read, Err(error) if is_gone(error.raw_os_error()));
+        match read {
+            Ok(bytes) => utmp(c, source, read_at, &bytes),
+            Err(_) if absent => c.note(format!("{}: absent", path.display())),
+            Err(error) => c.unread("utmp", source, &error),
         }
         c.done();
-    }
-    for (key, folder) in (1u64..).zip(LOGIND) {
-        let path = c.path(format!("run/systemd/{folder}"));
-        if c.item(key, path.as_os_str().as_encoded_bytes()) {
-            logind(c, folder, &path);
-            c.done();
+        // The second place is the older name of the first.
+        if !absent {
+            break;
         }
+    }
+    let mut key = 1000;
+    for folder in LOGIND {
+        key = logind(c, folder, key);
     }
     Ok(())
 }
@@ -64,34 +69,50 @@ fn utmp(c: &mut Collection, source: &[u8], read_at: Timestamp, bytes: &[u8]) {
     }
 }
 
-fn logind(c: &mut Collection, folder: &str, path: &std::path::Path) {
-    if c.touching("logind", None).is_err() {
-        return c.problem(
-            "logind",
-            path.as_os_str().as_encoded_bytes(),
-            None,
-            "not read: a worker that read here was lost",
-        );
-    }
-    let entries = match std::fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if is_gone(error.raw_os_error()) => return c.note(format!("{}: absent", path.display())),
-        Err(error) => return c.unread("logind", path.as_os_str().as_encoded_bytes(), &error),
+/// Every file of a folder is an item of its own: one that hangs costs no other. Returns the next item's key.
+fn logind(c: &mut Collection, folder: &str, first: u64) -> u64 {
+    let path = c.path(format!("run/systemd/{folder}"));
+    let mut files = Vec::new();
+    // A successor lists the folder again, which its predecessor did without harm.
+    let first_time = c.item(first, path.as_os_str().as_encoded_bytes());
+    let listed = match if first_time {
+        c.touching("logind", None)
+    } else {
+        Ok(())
+    } {
+        Ok(()) => std::fs::read_dir(&path),
+        Err(_) => Err(io::Error::other("not read: a worker that read here was lost")),
     };
-    for entry in entries.flatten() {
+    match listed {
         // logind keeps a FIFO beside each session; it holds nothing.
-        if !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+        Ok(entries) => {
+            files.extend(
+                entries
+                    .flatten()
+                    .filter(|e| e.file_type().is_ok_and(|t| t.is_file()))
+                    .map(|e| e.path()),
+            );
+        }
+        Err(error) if is_gone(error.raw_os_error()) => c.note(format!("{}: absent", path.display())),
+        Err(error) => c.unread("logind", path.as_os_str().as_encoded_bytes(), &error),
+    }
+    if first_time {
+        c.done();
+    }
+    files.sort();
+    let mut key = first;
+    for file in files {
+        key += 1;
+        let (source, read_at) = (file.as_os_str().as_encoded_bytes(), Timestamp::now());
+        if !c.item(key, source) {
             continue;
         }
-        let (file, read_at) = (entry.path(), Timestamp::now());
-        let source = file.as_os_str().as_encoded_bytes();
-        match proc::read_regular(&file, MAX_LOGIND) {
+        let read = match c.touching("logind", None) {
+            Ok(()) => proc::read_regular(&file, MAX_LOGIND),
+            Err(_) => Err(io::Error::other("not read: a worker that read here was lost")),
+        };
+        match read {
             Ok(bytes) => {
-                let pair = |line: &[u8]| {
-                    let equals = line.iter().position(|b| *b == b'=')?;
-                    let key = stillframe_evidence::text::printable(line.get(..equals)?);
-                    Some((key, Text::from(line.get(equals + 1..)?)))
-                };
                 let values = lines(&bytes)
                     .filter(|l| !l.starts_with(b"#"))
                     .filter_map(pair)
@@ -106,7 +127,15 @@ fn logind(c: &mut Collection, folder: &str, path: &std::path::Path) {
             Err(error) if is_gone(error.raw_os_error()) => (),
             Err(error) => c.unread(folder, source, &error),
         }
+        c.done();
     }
+    key + 1000
+}
+
+fn pair(line: &[u8]) -> Option<(String, Text)> {
+    let equals = line.iter().position(|b| *b == b'=')?;
+    let key = stillframe_evidence::text::printable(line.get(..equals)?);
+    Some((key, Text::from(line.get(equals + 1..)?)))
 }
 
 /// Size of struct utmp in the GNU C library: 32-bit session and time where the platform began with 32-bit programs.

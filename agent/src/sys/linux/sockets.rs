@@ -29,13 +29,8 @@ const TABLES: [&str; 13] = [
 
 /// Every namespace in the order of its inode, then the sockets that processes hold and no table lists.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
+    Look::ensure(c);
     let mut look = std::mem::take(&mut c.memory.look);
-    if !look.whole {
-        match Look::scan(c.root()) {
-            Ok(scanned) => look = scanned,
-            Err(error) => c.unread("owners", c.path("proc").as_os_str().as_encoded_bytes(), &error),
-        }
-    }
     let ask = sockdiag::may_ask(c.root());
     if !ask {
         c.note("sock_diag not asked: unix_diag is not loaded, and asking would load it".to_owned());
@@ -47,10 +42,16 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         if c.item(netns.inode, &name) {
             namespace(c, netns, &name, &mut look, ask, &mut tally);
             c.done();
+        } else {
+            tally.incomplete = true;
         }
     }
     if c.item(u64::MAX, "sockets that no table lists") {
-        unlisted(c, &look, &mut tally);
+        if tally.incomplete {
+            c.note("sockets in no table not looked for: this worker has not seen every table".to_owned());
+        } else {
+            unlisted(c, &look, &mut tally);
+        }
         c.done();
     }
     c.note(count(namespaces.len(), "network namespace"));
@@ -73,6 +74,10 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 #[derive(Default)]
 struct Tally {
     listed: BTreeSet<u64>,
+    /// Some table was not read, or read by a worker that is no more.
+    incomplete: bool,
+    /// The owners were looked for a second time.
+    looked_again: bool,
     ownerless: usize,
     unknown: usize,
     unlisted: usize,
@@ -81,11 +86,15 @@ struct Tally {
 fn namespace(c: &mut Collection, netns: &Netns, name: &str, look: &mut Look, ask: bool, tally: &mut Tally) {
     let read_at = Timestamp::now();
     if c.touching("tables", None).is_err() {
+        tally.incomplete = true;
         return c.problem("tables", name, None, "not read: a worker that read here was lost");
     }
     let tables = match netns.tables(&TABLES) {
         Ok(tables) => tables,
-        Err(error) => return c.unread("tables", name, &error),
+        Err(error) => {
+            tally.incomplete = true;
+            return c.unread("tables", name, &error);
+        }
     };
     let peers = if ask {
         match netns.inside(sockdiag::unix_peers).and_then(|result| result) {
@@ -98,25 +107,28 @@ fn namespace(c: &mut Collection, netns: &Netns, name: &str, look: &mut Look, ask
     } else {
         HashMap::new()
     };
-    let mut looked_again = false;
     for (table, path, bytes) in tables {
+        c.alive();
         let source = path.as_os_str().as_encoded_bytes();
         let sockets = match bytes {
             Ok(bytes) => parse(table, &bytes),
             Err(error) => {
+                tally.incomplete = true;
                 c.unread(table, source, &error);
                 continue;
             }
         };
         // The tables are younger than the look: a socket without an owner may have been opened since. One more look tells.
         let orphan = |s: &Socket| s.inode != 0 && ownership(s, look) == Ownership::Ownerless;
-        if !looked_again
-            && sockets.iter().any(orphan)
-            && let Ok(newer) = Look::scan(c.root())
-        {
-            looked_again = true;
-            look.owners = newer.owners;
-            look.closed.extend(newer.closed);
+        if !tally.looked_again && sockets.iter().any(orphan) {
+            tally.looked_again = true;
+            if let Ok(newer) = Look::scan(c) {
+                // Beside those of before: a socket that its owner has closed since was still its.
+                for (inode, owners) in newer.owners {
+                    look.owners.entry(inode).or_insert(owners);
+                }
+                look.closed.extend(newer.closed);
+            }
         }
         for mut socket in sockets {
             socket.netns = Some(netns.inode);
@@ -138,7 +150,7 @@ fn ownership(socket: &Socket, look: &Look) -> Ownership {
         Ownership::Owned
     } else if kernels_netlink || (socket.inode == 0 && socket.state.as_deref() != Some("TIME_WAIT")) {
         Ownership::Kernel
-    } else if look.closed.is_empty() {
+    } else if look.closed.is_empty() && !look.blind {
         Ownership::Ownerless
     } else {
         Ownership::Unknown
