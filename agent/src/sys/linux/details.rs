@@ -3,7 +3,7 @@
 
 use super::proc::{ProcDir, hex, lines, number, reopen, strings};
 use super::processes::parse_stat;
-use crate::collect::{Avoided, Collection, Errors, Unsupported, is_gone};
+use crate::collect::{Avoided, Collection, Errors, Unsupported, describe, is_gone};
 use jiff::Timestamp;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 use sha2::{Digest as _, Sha256};
@@ -33,7 +33,7 @@ type Hashed = Mutex<HashMap<(u64, u64, u64, i64, u32), Arc<Mutex<Option<Hash>>>>
 /// Every process with pages of its own, and those of the first look that have gone.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     let proc = c.path("proc");
-    let listed = match ProcDir::open(&proc).and_then(|dir| dir.numbers(".")) {
+    let listed = match ProcDir::open(&proc).and_then(|dir| dir.numbers()) {
         Ok(pids) => pids,
         Err(error) => return Err(Unsupported(format!("{}: {error}", proc.display()))),
     };
@@ -147,21 +147,23 @@ fn read(
             c.touching(field, None)
         }
     };
-    match may(c, "environ") {
+    // Both lie behind the same lock of the process's memory.
+    match may(c, "pages") {
         Ok(()) => {
             details.environ = errors
                 .keep("environ", "environ", dir.read("environ"))
-                .map(|b| strings(&b))
+                .map(|b| strings(&b));
+            let maps = errors.keep("maps", "maps", dir.read("maps"));
+            details.maps = maps
+                .iter()
+                .flat_map(|maps| lines(maps))
+                .filter_map(mapping)
+                .collect();
         }
-        Err(_) => errors.avoided("environ", "environ"),
-    }
-    match may(c, "maps") {
-        Ok(()) => {
-            if let Some(maps) = errors.keep("maps", "maps", dir.read("maps")) {
-                details.maps = lines(&maps).filter_map(mapping).collect();
-            }
+        Err(_) => {
+            errors.avoided("environ", "environ");
+            errors.avoided("maps", "maps");
         }
-        Err(_) => errors.avoided("maps", "maps"),
     }
     // A process whose image is gone (a zombie) answers ENOENT.
     let Some(path) = errors.keep_present("image", "exe", dir.path_only("exe")) else {
@@ -213,7 +215,10 @@ fn read_image(c: &mut Collection, path: &OwnedFd, stat: &Statx, hashed: &Hashed)
             .lock()
             .map_err(|_| io::Error::other("another lane failed at it"))?;
         if slot.is_none() {
-            *slot = Some(hash(c, File::from(reopen(path)?), stat.stx_size)?);
+            // Not to be taken for a process that has ended, which ENOENT means elsewhere.
+            let file = reopen(path)
+                .map_err(|e| io::Error::other(format!("its program cannot be opened: {}", describe(&e))))?;
+            *slot = Some(hash(c, File::from(file), stat.stx_size)?);
         }
         *slot
     };

@@ -131,7 +131,7 @@ impl Look {
             whole: true,
             ..Look::default()
         };
-        for pid in ProcDir::open(&root.join("proc"))?.numbers(".")? {
+        for pid in ProcDir::open(&root.join("proc"))?.numbers()? {
             let Ok(dir) = ProcDir::open(&root.join(format!("proc/{pid}"))) else {
                 continue;
             };
@@ -145,17 +145,24 @@ impl Look {
                     look.namespace(pid, kind, inode);
                 }
             }
-            match dir.numbers("fd") {
-                Ok(fds) => fds
-                    .into_iter()
-                    .for_each(|fd| match dir.link(&format!("fd/{fd}")) {
-                        Ok(target) => look.fd(pid, fd, &target),
-                        Err(error) => look.unread(pid, &error),
-                    }),
+            match dir
+                .folder("fd")
+                .and_then(|folder| Ok((folder.numbers()?, folder)))
+            {
+                Ok((fds, folder)) => fds.into_iter().for_each(|fd| match folder.link(&fd.to_string()) {
+                    Ok(target) => look.fd(pid, fd, &target),
+                    Err(error) => look.unread(pid, &error),
+                }),
                 Err(error) => look.unread(pid, &error),
             }
             if thread_count(&dir).is_some_and(|n| n > 1) {
-                look.threads(&dir, pid, &dir.numbers("task").unwrap_or_default());
+                look.threads(
+                    &dir,
+                    pid,
+                    &dir.folder("task")
+                        .and_then(|tasks| tasks.numbers())
+                        .unwrap_or_default(),
+                );
             }
         }
         Ok(look)

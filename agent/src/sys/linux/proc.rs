@@ -37,12 +37,17 @@ impl ProcDir {
         Ok(target.to_vec())
     }
 
-    /// The names in a folder of it that are numbers, rising.
-    pub fn numbers(&self, name: &str) -> io::Result<Vec<u32>> {
+    /// A folder in it. Links are looked up in the folder that they stand in: procfs checks every part of a path anew.
+    pub fn folder(&self, name: &str) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(ProcDir(openat(&self.0, name, flags, Mode::empty())?))
+    }
+
+    /// The names in it that are numbers, rising. To be asked once.
+    pub fn numbers(&self) -> io::Result<Vec<u32>> {
         let mut numbers = Vec::new();
         let mut buffer = [MaybeUninit::uninit(); 8192];
-        let mut entries = RawDir::new(openat(&self.0, name, flags, Mode::empty())?, &mut buffer);
+        let mut entries = RawDir::new(&self.0, &mut buffer);
         while let Some(entry) = entries.next() {
             numbers.extend(number::<u32>(entry?.file_name().to_bytes()));
         }
@@ -110,7 +115,8 @@ pub fn read_regular(path: &Path, max: usize) -> io::Result<Vec<u8>> {
 /// Opens for reading what a path-only descriptor stands for.
 pub fn reopen(fd: &OwnedFd) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd as _;
-    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    // Not self: a lane has a table of open files of its own.
+    let path = format!("/proc/thread-self/fd/{}", fd.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     Ok(openat(CWD, path, flags, Mode::empty())?)
 }

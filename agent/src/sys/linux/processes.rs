@@ -22,7 +22,7 @@ const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "us
 /// Every process in the order of its id.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     let proc = c.path("proc");
-    let pids = match ProcDir::open(&proc).and_then(|dir| dir.numbers(".")) {
+    let pids = match ProcDir::open(&proc).and_then(|dir| dir.numbers()) {
         Ok(pids) => pids,
         Err(error) => return Err(Unsupported(format!("{}: {error}", proc.display()))),
     };
@@ -108,12 +108,17 @@ fn read(
         process.cgroup = lines(&cgroup).map(Text::from).collect();
         process.container = lines(&cgroup).find_map(container);
     }
-    for kind in NAMESPACES {
-        let name = format!("ns/{kind}");
-        let link = errors.keep_present("namespaces", &name, dir.link(&name));
-        if let Some(inode) = link.and_then(|link| bracketed(&link, kind)) {
-            process.namespaces.insert(kind.to_owned(), inode);
-            c.memory.look.namespace(pid, kind, inode);
+    if let Some(folder) = errors.keep("namespaces", "ns", dir.folder("ns")) {
+        for kind in NAMESPACES {
+            let link = folder.link(kind);
+            let link = match link {
+                Ok(link) => Some(link),
+                result => errors.keep_present("namespaces", format!("ns/{kind}"), result),
+            };
+            if let Some(inode) = link.and_then(|link| bracketed(&link, kind)) {
+                process.namespaces.insert(kind.to_owned(), inode);
+                c.memory.look.namespace(pid, kind, inode);
+            }
         }
     }
     if !process.kernel_thread {
@@ -128,7 +133,11 @@ fn read(
         read_fds(c, dir, process, errors);
     }
     if process.thread_count.is_some_and(|n| n > 1)
-        && let Some(tids) = errors.keep("threads", "task", dir.numbers("task"))
+        && let Some(tids) = errors.keep(
+            "threads",
+            "task",
+            dir.folder("task").and_then(|tasks| tasks.numbers()),
+        )
     {
         c.memory.look.threads(dir, pid, &tids);
         let comm = |tid: &u32| {
@@ -163,26 +172,29 @@ fn read(
 }
 
 fn read_fds(c: &mut Collection, dir: &ProcDir, process: &mut Process, errors: &mut Errors) {
-    let listed = dir.numbers("fd");
+    let listed = dir
+        .folder("fd")
+        .and_then(|folder| Ok((folder.numbers()?, folder)));
     if let Err(error) = &listed {
         c.memory.look.unread(process.pid, error);
     }
-    let Some(fds) = errors.keep("fds", "fd", listed) else {
+    let Some((fds, folder)) = errors.keep("fds", "fd", listed) else {
         return;
     };
     for fd in fds {
-        let name = format!("fd/{fd}");
-        let link = dir.link(&name);
-        if let Err(error) = &link {
-            c.memory.look.unread(process.pid, error);
-        }
-        // One that was closed since it was listed is no error.
-        if let Some(target) = errors.keep_present("fds", &name, link) {
-            c.memory.look.fd(process.pid, fd, &target);
-            process.fds.push(Fd {
-                fd,
-                target: Text(target),
-            });
+        match folder.link(&fd.to_string()) {
+            Ok(target) => {
+                c.memory.look.fd(process.pid, fd, &target);
+                process.fds.push(Fd {
+                    fd,
+                    target: Text(target),
+                });
+            }
+            // One that was closed since it was listed is no error.
+            Err(error) => {
+                c.memory.look.unread(process.pid, &error);
+                let _: Option<()> = errors.keep_present("fds", format!("fd/{fd}"), Err(error));
+            }
         }
     }
 }
