@@ -311,6 +311,64 @@ fn a_giant_environment_costs_nothing_else() {
     assert!(!problems.to_string().contains("worker"), "{problems}");
 }
 
+/// A metadata service on loopback, by the variable that the SDKs use; version 2 only: no answer without a token.
+#[test]
+fn the_instance_identity_is_bound_into_the_first_event() {
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = service.local_addr().unwrap();
+    let served = std::thread::spawn(move || {
+        for _ in 0..3 {
+            let (mut stream, _) = service.accept().unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                std::io::Read::read_exact(&mut stream, &mut byte).unwrap();
+                request.push(byte[0]);
+            }
+            let request = String::from_utf8(request).unwrap().to_lowercase();
+            let authorized = request.contains("x-aws-ec2-metadata-token: secret");
+            let body = match request.split_whitespace().collect::<Vec<_>>()[..2] {
+                ["put", "/latest/api/token"] if request.contains("x-aws-ec2-metadata-token-ttl-seconds:") => {
+                    "secret"
+                }
+                ["get", "/latest/dynamic/instance-identity/document"] if authorized => {
+                    "{\"instanceId\": \"i-0\"}"
+                }
+                ["get", "/latest/dynamic/instance-identity/rsa2048"] if authorized => "signature",
+                _ => panic!("{request}"),
+            };
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+                body.len()
+            )
+            .unwrap();
+        }
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(programs::agent().unwrap())
+        .args(["capture", "--store", text(folder.path())])
+        .env("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{address}/"))
+        .output()
+        .unwrap();
+    assert_done(&output);
+    served.join().unwrap();
+    let manifest = fs::read(store::folder(folder.path()).unwrap().join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    let instance = &manifest["signed"]["host"]["instance"];
+    assert_eq!(
+        (&instance["document"], &instance["rsa2048"]),
+        (&json!("{\"instanceId\": \"i-0\"}"), &json!("signature"))
+    );
+    let everything = store::objects(&store::folder(folder.path()).unwrap()).unwrap();
+    assert!(
+        everything
+            .iter()
+            .all(|(_, path)| !fs::read(path).unwrap().windows(6).any(|w| w == b"secret"))
+    );
+}
+
 #[test]
 fn two_captures_at_once_into_one_store() {
     let folder = tempfile::tempdir().unwrap();

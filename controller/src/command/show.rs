@@ -358,3 +358,79 @@ fn socket_line(socket: &SocketLine, host: Option<&Host>) -> String {
         socket.state.as_deref().unwrap_or("")
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stillframe_evidence::records::sockets::Owner;
+
+    fn process(pid: u32, ppid: u32, cmdline: &[&[u8]]) -> (u32, Process) {
+        let cmdline = Some(cmdline.iter().map(|w| Text(w.to_vec())).collect());
+        (
+            pid,
+            Process {
+                pid,
+                ppid: Some(ppid),
+                uids: Some([0; 4]),
+                cmdline,
+                ..Process::default()
+            },
+        )
+    }
+
+    #[test]
+    fn what_a_person_reads() {
+        let (pid, mut evil) = process(9, 1, &[b"evil\x1b[2J\nname", b"\xff"]);
+        evil.exe = Some(Text::from("/memfd:x"));
+        let processes = BTreeMap::from([
+            process(1, 0, &[b"init"]),
+            (pid, evil),
+            process(10, 9, &[]),
+            // Two that name each other as parent.
+            process(20, 21, &[b"a"]),
+            process(21, 20, &[b"b"]),
+        ]);
+        let socket = |protocol: &str, port: u16, ownership, owner: &[u32]| Socket {
+            protocol: protocol.to_owned(),
+            local: Some(Endpoint {
+                address: "::1".parse().unwrap(),
+                port,
+            }),
+            state: Some("LISTEN".to_owned()),
+            ownership,
+            owners: owner
+                .iter()
+                .map(|pid| Owner {
+                    pid: *pid,
+                    fd: Some(3),
+                })
+                .collect(),
+            ..Socket::default()
+        };
+        let names = processes.iter().map(|(pid, p)| (*pid, name(p))).collect();
+        let sockets = vec![
+            socket("tcp6", 22, Ownership::Owned, &[9]),
+            socket("tcp6", 23, Ownership::Ownerless, &[]),
+            socket("tcp6", 24, Ownership::Unknown, &[]),
+        ];
+        let tree: Vec<String> = tree(&processes, &BTreeMap::new())
+            .iter()
+            .map(process_line)
+            .collect();
+        let listening: Vec<String> = socket_lines(sockets, &names)
+            .0
+            .iter()
+            .map(|s| socket_line(s, None))
+            .collect();
+        insta::assert_snapshot!([tree, listening].concat().join("\n"), @r"
+             1      0  init
+             9      0    evil\x1b[2J\nname \xff   <- runs from a memfd
+            10      0      [?]
+            20      0  a
+            21      0    b
+        tcp6     LISTEN       [::1]:22   9 evil\x1b[2J\nname \xff
+        tcp6     LISTEN       [::1]:23   without an owner
+        tcp6     LISTEN       [::1]:24   owner unknown: not every process could be read
+        ");
+    }
+}

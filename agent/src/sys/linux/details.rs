@@ -379,4 +379,59 @@ mod tests {
             mapping(&line);
         }
     }
+
+    /// A host of files, as with `--root`: process 7 has another start than at the first look, 8 is new, 9 has gone, 6 is the same.
+    #[test]
+    fn a_reused_process_id_is_noticed() {
+        use crate::worker::{Job, Resume};
+        use std::sync::{Arc, Mutex};
+        #[derive(Clone, Default)]
+        struct Out(Arc<Mutex<Vec<u8>>>);
+        impl io::Write for Out {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let root = tempfile::tempdir().unwrap();
+        for (pid, start) in [(6, 60), (7, 71), (8, 80)] {
+            let folder = root.path().join(format!("proc/{pid}"));
+            std::fs::create_dir_all(&folder).unwrap();
+            let stat = format!("{pid} (x) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {start} 0 0");
+            std::fs::write(folder.join("stat"), stat).unwrap();
+            std::fs::write(folder.join("environ"), b"A=1\0B=\xff\0").unwrap();
+            std::fs::write(folder.join("maps"), b"").unwrap();
+        }
+        let job = Job {
+            root: root.path().to_owned(),
+            steps: vec![(0, "process-details".to_owned())],
+            lanes: 2,
+            resume: vec![Resume::default(), Resume::default()],
+            avoid_mounts: BTreeSet::new(),
+            hung: BTreeSet::new(),
+            seen: vec![(6, 60), (7, 70), (9, 90)],
+        };
+        let out = Out::default();
+        crate::collect::work(&serde_json::to_vec(&job).unwrap()[..], Box::new(out.clone())).unwrap();
+        let said = String::from_utf8_lossy(&out.0.lock().unwrap()).into_owned();
+        for (pid, identity) in [(6, "same"), (7, "reused"), (8, "new"), (9, "gone")] {
+            let record = said
+                .split("{\"source\"")
+                .find(|r| r.contains(&format!("\"pid\":{pid},")))
+                .unwrap();
+            assert!(
+                record.contains(&format!("\"identity\":\"{identity}\"")),
+                "{record}"
+            );
+            assert_eq!(
+                record.contains("QgA9/w==") || record.contains("Qj3/"),
+                identity != "gone",
+                "{record}"
+            );
+        }
+        assert!(said.contains("1 replaced since the first look"), "{said}");
+    }
 }
