@@ -9,7 +9,11 @@ use crate::{
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use jiff::Timestamp;
-use std::{io::Write, path::PathBuf, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 use stillframe_evidence::{
     SCHEMA,
     chain::{Event, Order, What},
@@ -151,6 +155,26 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
             });
         }
         return ExitCode::SUCCESS;
+    }
+    let refused = if !crate::sys::is_root(&args.root) {
+        Some(format!(
+            "--root {}: no host's root is mounted there",
+            args.root.display()
+        ))
+    } else if args.store == "-" && std::io::stdout().is_terminal() {
+        Some(
+            "--store -: the stream is not for a terminal; pipe it into `stillframe receive` or a file"
+                .to_owned(),
+        )
+    } else {
+        None
+    };
+    if let Some(why) = refused {
+        eprintln!(
+            "stillframe-agent: {}",
+            stillframe_evidence::text::printable(why.as_bytes())
+        );
+        return ExitCode::from(2);
     }
     let id = args.id.unwrap_or_else(CaptureId::mint);
     let store = match stillframe_store::open(&args.store, id) {

@@ -1,7 +1,7 @@
 //! The platform: everything with `cfg(target_os)` or `unsafe`, and one file for each kind that it can collect. The rest of
 //! the agent is the same everywhere.
 //!
-//! A platform provides [`COLLECTORS`], [`Look`], `identity`, `clock`, `usage`, `own_program`, `die_with_parent`, `own_descriptors`,
+//! A platform provides [`COLLECTORS`], [`Look`], `is_root`, `identity`, `clock`, `usage`, `own_program`, `die_with_parent`, `own_descriptors`,
 //! `widen_pipe` and `exit_reason`.
 
 #[cfg(target_os = "linux")]

@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::{
+    cell::Cell,
     io::{IsTerminal as _, Write as _},
     time::Duration,
 };
@@ -22,12 +23,16 @@ pub enum Output {
 /// The one printer.
 pub struct Ui {
     output: Output,
+    outlive: Cell<bool>,
 }
 
 impl Ui {
     /// A printer.
     pub fn new(output: Output) -> Self {
-        Ui { output }
+        Ui {
+            output,
+            outlive: Cell::new(false),
+        }
     }
 
     /// Prints `value` as JSON, or `text` for a person.
@@ -45,10 +50,23 @@ impl Ui {
         }
     }
 
-    /// Prints a line that is known to be harmless. A reader that has gone (`| head`) ends the program, quietly.
+    /// Lets a job go on when nobody reads what it prints any more.
+    pub fn outlive_reader(&self) {
+        self.outlive.set(true);
+    }
+
+    /// Prints a line that is known to be harmless. A reader that has gone (`| head`) ends the program, quietly; output that
+    /// is lost otherwise (a full disk) ends it as a failure.
     pub fn raw(&self, line: &str) {
-        if writeln!(anstream::stdout(), "{line}").is_err() {
-            std::process::exit(0);
+        let mut out = anstream::stdout();
+        match writeln!(out, "{line}").and_then(|()| out.flush()) {
+            Ok(()) => (),
+            Err(_) if self.outlive.get() => (),
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+            Err(error) => {
+                self.warn(&format!("standard output: {error}"));
+                std::process::exit(2);
+            }
         }
     }
 

@@ -580,7 +580,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn only_the_written_order_reads(kinds in proptest::collection::vec("[a-z]{1,5}", 1..5), from in any::<prop::sample::Index>(), to in any::<prop::sample::Index>()) {
+        fn only_the_written_order_reads(kinds in proptest::collection::btree_set("[a-z]{1,5}", 1..5), from in any::<prop::sample::Index>(), to in any::<prop::sample::Index>()) {
             let kinds: Vec<&str> = kinds.iter().map(String::as_str).collect();
             let (id, objects, ..) = capture(1, &kinds);
             let chain = read(id, &objects).unwrap();

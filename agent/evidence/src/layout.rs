@@ -41,7 +41,7 @@ impl FromStr for CaptureId {
 
 /// A name with a fixed alphabet: safe in a key, a path, a policy and a shell.
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $what:literal, $max:literal, $extra:literal) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $max:literal, $extra:literal, $shown:literal) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
         pub struct $name(String);
@@ -64,7 +64,7 @@ macro_rules! name {
                 } else {
                     Err(Error::Name {
                         what: $what,
-                        why: concat!("at most ", $max, " letters, digits and ", stringify!($extra), ", the first a letter or digit"),
+                        why: concat!("at most ", $max, " letters, digits and ", $shown, ", the first a letter or digit"),
                     })
                 }
             }
@@ -80,15 +80,15 @@ macro_rules! name {
 
 name!(
     /// The identity that the store vouches for: the first part of a capture's prefix.
-    Writer, "writer", 128, b"._:@=+-"
+    Writer, "writer", 128, b"._:@=+-", "._:@=+-"
 );
 name!(
     /// The case that a capture belongs to.
-    CaseName, "case name", 64, b"._-"
+    CaseName, "case name", 64, b"._-", "._-"
 );
 name!(
     /// A kind of volatile data, such as `processes`.
-    Kind, "kind", 32, b"-"
+    Kind, "kind", 32, b"-", "-"
 );
 
 macro_rules! as_string {

@@ -90,6 +90,11 @@ const fn collector(
     }
 }
 
+/// Whether a host's root is mounted at `root`.
+pub fn is_root(root: &std::path::Path) -> bool {
+    root.join("proc/stat").exists()
+}
+
 /// The running program, even when its file was deleted.
 pub fn own_program() -> io::Result<PathBuf> {
     Ok(PathBuf::from("/proc/self/exe"))

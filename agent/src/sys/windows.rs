@@ -53,6 +53,11 @@ pub fn usage() -> Usage {
     Usage::default()
 }
 
+/// There is only one root here.
+pub fn is_root(root: &std::path::Path) -> bool {
+    root == std::path::Path::new("/")
+}
+
 /// The running program.
 pub fn own_program() -> io::Result<PathBuf> {
     std::env::current_exe()

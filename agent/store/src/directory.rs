@@ -2,10 +2,13 @@
 //! its own name, which fails if that is taken: whatever stands in the folder is whole. Nothing stays in the page cache,
 //! since on a small guest that would push out what is being investigated.
 
-use crate::{Store, describe};
+use crate::{
+    Store, describe,
+    sys::{private_file, private_folder},
+};
 use std::{
     collections::BTreeSet,
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{
@@ -42,7 +45,7 @@ impl Directory {
         let wrong = |what: &str, error: io::Error| {
             format!("--store {}: {what}: {}", base.display(), describe(&error))
         };
-        match fs::create_dir(base) {
+        match private_folder().create(base) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(format!(
                     "--store {}: its parent directory does not exist",
@@ -63,17 +66,27 @@ impl Directory {
         let base = fs::canonicalize(base).map_err(|e| wrong("cannot be resolved", e))?;
         let capture = base.join(evidence_prefix(writer, id));
         let partial = base.join(".partial");
-        fs::create_dir_all(&partial).map_err(|e| wrong("cannot be written to", e))?;
+        private_folder()
+            .recursive(true)
+            .create(&partial)
+            .map_err(|e| wrong("cannot be written to", e))?;
         if let Some(parent) = capture.parent() {
-            fs::create_dir_all(parent).map_err(|e| wrong("cannot be written to", e))?;
+            private_folder()
+                .recursive(true)
+                .create(parent)
+                .map_err(|e| wrong("cannot be written to", e))?;
         }
-        fs::create_dir(&capture).map_err(|e| wrong("a capture of this id cannot be begun", e))?;
+        private_folder()
+            .create(&capture)
+            .map_err(|e| wrong("a capture of this id cannot be begun", e))?;
         for folder in capture.ancestors().take_while(|folder| folder.starts_with(&base)) {
             crate::sys::sync_folder(folder).map_err(|e| wrong("cannot be synced", e))?;
         }
         let reserve = partial.join(format!("{id}-reserve"));
-        if let Err(error) =
-            fs::write(&reserve, vec![0; RESERVE]).and_then(|()| File::open(&reserve)?.sync_all())
+        if let Err(error) = private_file()
+            .open(&reserve)
+            .and_then(|mut file| file.write_all(&vec![0; RESERVE]))
+            .and_then(|()| File::open(&reserve)?.sync_all())
         {
             let _ = fs::remove_file(&reserve);
             let _ = fs::remove_dir(&capture);
@@ -91,7 +104,7 @@ impl Directory {
     }
 
     fn write(&self, temporary: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file: File = OpenOptions::new().write(true).create_new(true).open(temporary)?;
+        let mut file: File = private_file().open(temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         crate::sys::drop_cache(&file);
@@ -140,7 +153,7 @@ impl Directory {
         if let Ok(mut made) = self.folders.lock()
             && !made.contains(folder)
         {
-            fs::create_dir_all(folder)?;
+            private_folder().recursive(true).create(folder)?;
             for parent in folder
                 .ancestors()
                 .skip(1)
@@ -199,6 +212,11 @@ mod tests {
             .join(evidence_prefix(&Writer::local(), id))
             .join(key(b"x").to_string());
         assert_eq!(fs::read(file).unwrap(), b"x");
+        #[cfg(unix)]
+        for entry in [base.path().join("new/evidence"), base.path().join("new/.partial")] {
+            let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(entry).unwrap().permissions());
+            assert_eq!(mode & 0o077, 0, "others may not read evidence");
+        }
         store.finish().unwrap();
         assert!(!base.path().join("new/.partial").exists());
         assert!(

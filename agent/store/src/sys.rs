@@ -1,7 +1,7 @@
 //! What the directory store asks of the platform.
 
 use std::{
-    fs::{self, File},
+    fs::{self, DirBuilder, File, OpenOptions},
     io,
     path::Path,
 };
@@ -27,6 +27,24 @@ pub fn place(temporary: &Path, target: &Path) -> io::Result<()> {
     }
 }
 
+/// How files are made: for nobody but their owner. Evidence holds environments, and those hold secrets.
+#[cfg(target_os = "linux")]
+pub fn private_file() -> OpenOptions {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    options
+}
+
+/// How folders are made: the same.
+#[cfg(target_os = "linux")]
+pub fn private_folder() -> DirBuilder {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700);
+    builder
+}
+
 /// Makes the names in a folder last.
 #[cfg(target_os = "linux")]
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
@@ -43,6 +61,20 @@ pub fn drop_cache(file: &File) {
 #[cfg(not(target_os = "linux"))]
 pub fn place(temporary: &Path, target: &Path) -> io::Result<()> {
     fs::hard_link(temporary, target)
+}
+
+/// Files inherit the rights of their folder here.
+#[cfg(not(target_os = "linux"))]
+pub fn private_file() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true);
+    options
+}
+
+/// See above.
+#[cfg(not(target_os = "linux"))]
+pub fn private_folder() -> DirBuilder {
+    DirBuilder::new()
 }
 
 /// Folders cannot be synced here.

@@ -5,7 +5,7 @@ use crate::{
     stored::Store,
     ui::{Activity, Ui, bytes},
 };
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args as ClapArgs;
 use jiff::Timestamp;
 use serde::Serialize;
@@ -55,6 +55,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         Some(agent) => agent.clone(),
         None => beside()?,
     };
+    if args.store.as_os_str() == "-" {
+        bail!(
+            "--store -: a stream is what the agent gives: stillframe-agent capture --store - | stillframe receive --store DIR"
+        );
+    }
+    ui.outlive_reader();
     // Ctrl-C reaches the agent too, which then ends in good order; this program waits for it and reports.
     ctrlc::set_handler(|| ()).context("no handler for Ctrl-C")?;
     let id = CaptureId::mint();

@@ -32,7 +32,7 @@ pub struct Args {
 /// Receives standard input.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let mut open: BTreeMap<(Writer, CaptureId), Directory> = BTreeMap::new();
-    let ended = receive(args, &mut open, io::stdin().lock());
+    let ended = receive(args, &mut open, io::stdin().lock(), |why| ui.warn(&why));
     for directory in open.values() {
         directory.finish().context("ending the capture")?;
     }
@@ -51,7 +51,18 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         let report = verify::report(&store.find(&id.to_string())?, None);
         ui.say(&format!("capture {id}"));
         ui.print(&report, || verify::text(&report));
-        code = code.max(report.verdict.exit_code());
+        let chain = report.chain.as_ref();
+        for outcome in chain.iter().flat_map(|c| c.outcomes()) {
+            ui.say(&format!("  {outcome}"));
+        }
+        let whole = chain.is_some_and(|c| c.outcomes().all(|o| o.status.is_good()));
+        let stopped = chain
+            .and_then(|c| c.closing())
+            .is_some_and(|c| c.stopped.is_some());
+        code = code.max(match report.verdict.exit_code() {
+            0 if stopped || !whole => 5,
+            code => code,
+        });
         if report.verdict == Verdict::Tampered {
             return Ok(report.verdict.exit_code());
         }
@@ -59,7 +70,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     Ok(if ended.is_err() && code == 0 { 5 } else { code })
 }
 
-fn receive(args: &Args, open: &mut BTreeMap<(Writer, CaptureId), Directory>, input: impl Read) -> Result<()> {
+fn receive(
+    args: &Args,
+    open: &mut BTreeMap<(Writer, CaptureId), Directory>,
+    input: impl Read,
+    mut wrong: impl FnMut(String),
+) -> Result<()> {
     let mut archive = tar::Archive::new(input);
     // Raw: long-name extensions, which our streams do not have, would be read into memory whole.
     for entry in archive.entries()?.raw(true) {
@@ -91,7 +107,11 @@ fn receive(args: &Args, open: &mut BTreeMap<(Writer, CaptureId), Directory>, inp
             bail!("{name}: cut off after {} of {size} bytes", bytes.len());
         }
         if key.sha256().is_some_and(|promised| Hash::of(&bytes) != promised) {
-            bail!("{name}: its content is not what its name promises");
+            // It does not land; what is behind it does, and the verdict names what is missing.
+            wrong(format!(
+                "{name}: not stored: its content is not what its name promises"
+            ));
+            continue;
         }
         let directory = match open.entry((writer, id)) {
             std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),

@@ -39,6 +39,7 @@ struct View {
     host: Option<Host>,
     outcomes: Vec<Outcome>,
     unfinished: Vec<String>,
+    stopped: Option<String>,
     processes: Vec<Line>,
     listening: Vec<SocketLine>,
     connected: Vec<SocketLine>,
@@ -125,6 +126,7 @@ fn view(stored: &Stored, chain: &Chain, broken: Option<String>) -> Result<View> 
             .map(|s| s.kind.to_string())
             .collect(),
         outcomes,
+        stopped: chain.closing().and_then(|c| c.stopped.clone()),
         processes: tree(&processes, &details),
         listening,
         connected,
@@ -261,6 +263,13 @@ fn text(view: &View) -> String {
     if let Some(host) = &view.host {
         out.extend(host_lines(host));
     }
+    out.push("proof   not looked at here: `stillframe verify` proves or names what is wrong".to_owned());
+    if let Some(why) = &view.stopped {
+        out.push(format!(
+            "ENDED EARLY  {}",
+            stillframe_evidence::text::printable(why.as_bytes())
+        ));
+    }
     for warning in &view.warnings {
         out.push(format!("NOT READ  {warning}"));
     }
@@ -281,7 +290,12 @@ fn text(view: &View) -> String {
     ));
     out.extend(view.processes.iter().map(process_line));
     for (title, sockets) in [("listening", &view.listening), ("connected", &view.connected)] {
-        out.push(format!("\n{} {title}", count(sockets.len(), "socket")));
+        let known = if view.warnings.is_empty() {
+            ""
+        } else {
+            ", as far as it could be read"
+        };
+        out.push(format!("\n{} {title}{known}", count(sockets.len(), "socket")));
         out.extend(sockets.iter().map(|s| socket_line(s, view.host.as_ref())));
     }
     out.join("\n")

@@ -42,6 +42,14 @@ pub fn text(report: &Report) -> String {
     lines.extend(report.unproven.iter().map(|f| line("not proven", f)));
     lines.push(summary(report));
     lines.push(format!("{:<16}  {}", "because", report.because));
+    let closing = report.chain.as_ref().and_then(|c| c.closing());
+    if let Some(why) = closing.and_then(|c| c.stopped.as_deref()) {
+        lines.push(format!(
+            "{:<16}  {}",
+            "ended early",
+            stillframe_evidence::text::printable(why.as_bytes())
+        ));
+    }
     if let Some(key) = report.key {
         lines.push(format!("{:<16}  {key}", "key"));
     }

@@ -75,7 +75,7 @@ pub enum Ownership {
     Owned,
     /// No process holds it, and the open files of every process were read.
     Ownerless,
-    /// Of the kernel itself (no inode, or a netlink port of 0).
+    /// Of the kernel alone: no inode (what is left of a closed one, such as TIME_WAIT), or a netlink port of 0.
     Kernel,
     /// None was found, but not every process let its open files be read.
     #[default]

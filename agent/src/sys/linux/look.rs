@@ -22,6 +22,8 @@ pub struct Look {
     pub netns_fds: BTreeMap<u64, String>,
     /// Processes whose open files could not be read: who holds a socket cannot be denied then.
     pub closed: BTreeSet<u32>,
+    /// Processes whose namespaces could not be read: there may be namespaces that are not known.
+    pub hidden: BTreeMap<u32, Option<i32>>,
     /// True when there are processes that this procfs does not show: a scan that failed, or a pid namespace below the first.
     pub blind: bool,
     /// True when every process was looked at by this worker.
@@ -94,6 +96,7 @@ impl Look {
             .into_iter()
             .for_each(|(inode, file)| _ = self.netns_fds.entry(inode).or_insert(file));
         self.closed.extend(other.closed);
+        self.hidden.extend(other.hidden);
     }
 
     /// Takes note of the threads of a process that sit in another network namespace than it does.
@@ -105,6 +108,21 @@ impl Look {
             {
                 self.in_netns(inode, format!("{pid}/task/{tid}"));
             }
+        }
+    }
+
+    /// Takes note that a namespace of a process could not be read, unless it had gone.
+    pub fn unread_namespace(&mut self, pid: u32, error: &io::Error) {
+        if !crate::collect::is_gone(error.raw_os_error()) {
+            self.hidden.insert(pid, error.raw_os_error());
+        }
+    }
+
+    /// Says for a kind that goes by namespaces that there may be more of them.
+    pub fn confess_namespaces(&self, c: &mut Collection) {
+        for (pid, errno) in &self.hidden {
+            let error = "cannot be read: it may be in a namespace that is not known";
+            c.problem("namespaces", format!("/proc/{pid}/ns"), *errno, error);
         }
     }
 
@@ -137,12 +155,11 @@ impl Look {
             };
             c.alive();
             for kind in ["net", "mnt"] {
-                if let Some(inode) = dir
-                    .link(&format!("ns/{kind}"))
-                    .ok()
-                    .and_then(|l| bracketed(&l, kind))
-                {
-                    look.namespace(pid, kind, inode);
+                match dir.link(&format!("ns/{kind}")) {
+                    Ok(link) => bracketed(&link, kind)
+                        .into_iter()
+                        .for_each(|inode| look.namespace(pid, kind, inode)),
+                    Err(error) => look.unread_namespace(pid, &error),
                 }
             }
             match dir

@@ -16,6 +16,9 @@ use stillframe_evidence::{
 /// Every namespace in the order of its inode.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     Look::ensure(c);
+    let look = std::mem::take(&mut c.memory.look);
+    look.confess_namespaces(c);
+    c.memory.look = look;
     let mut namespaces = c.memory.look.mntns.clone();
     if namespaces.is_empty() {
         // Not even the agent's own link could be read: its own view is all there is.

@@ -108,12 +108,19 @@ fn read(
         process.cgroup = lines(&cgroup).map(Text::from).collect();
         process.container = lines(&cgroup).find_map(container);
     }
-    if let Some(folder) = errors.keep("namespaces", "ns", dir.folder("ns")) {
+    let folder = dir.folder("ns");
+    if let Err(error) = &folder {
+        c.memory.look.unread_namespace(pid, error);
+    }
+    if let Some(folder) = errors.keep("namespaces", "ns", folder) {
         for kind in NAMESPACES {
             let link = folder.link(kind);
             let link = match link {
                 Ok(link) => Some(link),
-                result => errors.keep_present("namespaces", format!("ns/{kind}"), result),
+                Err(error) => {
+                    c.memory.look.unread_namespace(pid, &error);
+                    errors.keep_present("namespaces", format!("ns/{kind}"), Err(error))
+                }
             };
             if let Some(inode) = link.and_then(|link| bracketed(&link, kind)) {
                 process.namespaces.insert(kind.to_owned(), inode);

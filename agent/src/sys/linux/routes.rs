@@ -32,6 +32,9 @@ const IFF_PROMISC: u32 = 0x100;
 /// Every namespace in the order of its inode.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     Look::ensure(c);
+    let look = std::mem::take(&mut c.memory.look);
+    look.confess_namespaces(c);
+    c.memory.look = look;
     let namespaces = netns::all(c, &c.memory.look);
     for netns in &namespaces {
         let name = format!("net:[{}]", netns.inode);

@@ -31,6 +31,15 @@ const TABLES: [&str; 13] = [
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     Look::ensure(c);
     let mut look = std::mem::take(&mut c.memory.look);
+    look.confess_namespaces(c);
+    for pid in &look.closed {
+        c.problem(
+            "owners",
+            format!("/proc/{pid}/fd"),
+            Some(libc::EACCES),
+            "cannot be read: what it holds is not known",
+        );
+    }
     let ask = sockdiag::may_ask(c.root());
     if !ask {
         c.note("sock_diag not asked: unix_diag is not loaded, and asking would load it".to_owned());
@@ -148,7 +157,7 @@ fn ownership(socket: &Socket, look: &Look) -> Ownership {
     let kernels_netlink = socket.netlink.as_ref().is_some_and(|(port, _)| *port == 0);
     if look.owners.contains_key(&socket.inode) {
         Ownership::Owned
-    } else if kernels_netlink || (socket.inode == 0 && socket.state.as_deref() != Some("TIME_WAIT")) {
+    } else if kernels_netlink || socket.inode == 0 {
         Ownership::Kernel
     } else if look.closed.is_empty() && !look.blind {
         Ownership::Ownerless
