@@ -50,11 +50,11 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     for (_, id) in open.keys() {
         let report = verify::report(&store.find(&id.to_string())?, None);
         ui.say(&format!("capture {id}"));
-        ui.print(&report, || verify::text(&report));
         let chain = report.chain.as_ref();
         for outcome in chain.iter().flat_map(|c| c.outcomes()) {
             ui.say(&format!("  {outcome}"));
         }
+        ui.print(&report, || verify::text(&report));
         let whole = chain.is_some_and(|c| c.outcomes().all(|o| o.status.is_good()));
         let stopped = chain
             .and_then(|c| c.closing())
