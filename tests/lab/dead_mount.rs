@@ -32,6 +32,7 @@ pub struct DeadMount {
 #[derive(Default)]
 struct State {
     dead: AtomicBool,
+    stuck: AtomicBool,
     revived: Mutex<bool>,
     wake: Condvar,
 }
@@ -40,6 +41,7 @@ impl State {
     /// Does not return while the file system is dead.
     fn answer(&self) {
         if self.dead.load(Ordering::SeqCst) {
+            self.stuck.store(true, Ordering::SeqCst);
             let guard = self.revived.lock().unwrap_or_else(|e| e.into_inner());
             drop(self.wake.wait_while(guard, |revived| !*revived));
         }
@@ -77,6 +79,13 @@ impl DeadMount {
             .context("no output")?
             .read_exact(&mut [0])?;
         state.dead.store(true, Ordering::SeqCst);
+        // The server hangs on this one. What is asked after it is never taken from the kernel's queue, and whoever waits there
+        // can be killed; a request that the server has taken cannot be waited for otherwise than to its end.
+        let first = folder.path().join("first");
+        std::thread::spawn(move || std::fs::metadata(first));
+        while !state.stuck.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         Ok(DeadMount {
             folder,
             process,

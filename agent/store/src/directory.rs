@@ -83,11 +83,8 @@ impl Directory {
             crate::sys::sync_folder(folder).map_err(|e| wrong("cannot be synced", e))?;
         }
         let reserve = partial.join(format!("{id}-reserve"));
-        if let Err(error) = private_file()
-            .open(&reserve)
-            .and_then(|mut file| file.write_all(&vec![0; RESERVE]))
-            .and_then(|()| File::open(&reserve)?.sync_all())
-        {
+        let keep = |mut file: File| file.write_all(&vec![0; RESERVE]).and_then(|()| file.sync_all());
+        if let Err(error) = private_file().open(&reserve).and_then(keep) {
             let _ = fs::remove_file(&reserve);
             let _ = fs::remove_dir(&capture);
             return Err(wrong("has no room", error));
