@@ -4,10 +4,13 @@
 //! segments were acknowledged; then the last event, `SHA256SUMS`, the manifest. At any moment at which the agent is
 //! killed, what is in the store is a valid beginning.
 
+mod memory;
+
 use crate::{
     cancel::Cancel,
-    plan::Profile,
-    worker::{Event as Step, Task, supervise},
+    plan::{Action, Step},
+    sys::{KeyPages, Vault},
+    worker::{Event as Turn, Known, Task, supervise},
 };
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
@@ -22,14 +25,13 @@ use std::{
 use stillframe_evidence::{
     Error,
     chain::{
-        self, AgentIdentity, Chain, ChainWriter, Closing, Event, Footprint, Opening, Order, Outcome, Status,
-        What,
+        self, AgentIdentity, Chain, ChainWriter, Closing, Event, Footprint, Opening, Order, Outcome,
+        Progress, Status, What,
     },
     layout::{Artifact, CaptureId, Key, Kind},
     manifest::{Manifest, sums},
     root::Hash,
     segments::{Packed, RecordPacker, SegmentEntry},
-    signature::CaptureKey,
     text::Text,
 };
 use stillframe_store::Store;
@@ -37,14 +39,29 @@ use stillframe_store::Store;
 /// The zstd level of records: they are few, and the host's processor is somebody's evidence too.
 const LEVEL: i32 = 1;
 
+/// How memory is to be captured.
+#[derive(Default)]
+pub struct MemoryOrder {
+    /// An image that somebody else took, to be brought in.
+    pub image: Option<PathBuf>,
+    /// A LiME module and its SHA-256, to be loaded instead of reading `/proc/kcore`.
+    pub lime: Option<(PathBuf, Hash)>,
+    /// Processes whose memory is wanted by itself.
+    pub pids: Vec<u32>,
+    /// Bytes a second, at most.
+    pub rate: Option<u64>,
+}
+
 /// What is asked for.
 pub struct Request {
     /// The id that the orderer minted.
     pub id: CaptureId,
     /// The order.
     pub order: Order,
-    /// The profile that the order names.
-    pub profile: Profile,
+    /// The steps, in order.
+    pub steps: Vec<Step>,
+    /// How memory is to be captured.
+    pub memory: MemoryOrder,
     /// Where the host's root is mounted: `/`, or a folder in a privileged container.
     pub root: PathBuf,
     /// Processors that collecting may use at once.
@@ -84,17 +101,25 @@ pub fn run(
     mut tell: impl FnMut(&Event),
 ) -> Result<Chain, Failure> {
     std::thread::scope(|scope| {
-        let key = new_key()?;
+        // A module that reads all of physical memory would crash the kernel on a page that was taken out of its map.
+        let vault = Vault::new(request.memory.lime.is_none()).map_err(|error| Failure::System {
+            what: "no key for this capture",
+            why: crate::collect::describe(&error),
+        })?;
         let mut session = Session {
             store,
             opened: Instant::now(),
-            writer: ChainWriter::new(key, request.id),
+            told_at: Instant::now(),
+            key: vault.pages(),
+            key_kept: vault.kind(),
+            writer: ChainWriter::new(Box::new(vault), request.id),
             chain: None,
             put: Putter::start(scope, store)?,
             acknowledged: Vec::new(),
             waiting: VecDeque::new(),
             current: None,
             broken: None,
+            known: Known::default(),
             footprint: Footprint {
                 pids: vec![std::process::id()],
                 ..Footprint::default()
@@ -107,17 +132,6 @@ pub fn run(
     })
 }
 
-fn new_key() -> Result<CaptureKey, Failure> {
-    let mut seed = [0; 32];
-    let result = getrandom::fill(&mut seed);
-    let key = CaptureKey::from_seed(&seed);
-    seed.fill(0);
-    result.map(|()| key).map_err(|e| Failure::System {
-        what: "no random key for this capture",
-        why: e.to_string(),
-    })
-}
-
 /// Puts objects beside the collecting, one after another, so that neither waits for the other.
 struct Putter {
     give: SyncSender<Put>,
@@ -126,12 +140,13 @@ struct Putter {
 }
 
 enum Put {
-    Segment(Packed),
+    /// A segment, and the step that it belongs to.
+    Segment(Packed, u64),
     Event(Key, Vec<u8>, Box<Event>),
 }
 
 enum Taken {
-    Segment(SegmentEntry, io::Result<()>),
+    Segment(SegmentEntry, u64, io::Result<()>),
     Event(Key, Box<Event>, io::Result<()>),
 }
 
@@ -148,7 +163,7 @@ impl Putter {
             let mut ended: BTreeSet<Artifact> = BTreeSet::new();
             for job in jobs {
                 let taken = match job {
-                    Put::Segment(Packed { bytes, mut entry }) => {
+                    Put::Segment(Packed { bytes, mut entry }, step) => {
                         let result = if ended.contains(&entry.artifact) {
                             Err(io::Error::other("one before it was not stored"))
                         } else {
@@ -159,7 +174,7 @@ impl Putter {
                         if result.is_err() {
                             ended.insert(entry.artifact.clone());
                         }
-                        Taken::Segment(entry, result)
+                        Taken::Segment(entry, step, result)
                     }
                     Put::Event(key, bytes, event) => {
                         let result = store.put(&key, &bytes).map(|_| ());
@@ -195,6 +210,11 @@ struct Current {
 struct Session<'a> {
     store: &'a dyn Store,
     opened: Instant,
+    /// When the last event was made.
+    told_at: Instant,
+    /// The pages that hold the capture's key, and how they are kept.
+    key: KeyPages,
+    key_kept: &'static str,
     writer: ChainWriter,
     chain: Option<Chain>,
     put: Putter,
@@ -205,13 +225,15 @@ struct Session<'a> {
     current: Option<Current>,
     /// Why the chain goes no further.
     broken: Option<Failure>,
+    /// What workers found out for those after them.
+    known: Known,
     footprint: Footprint,
     tell: &'a mut dyn FnMut(&Event),
 }
 
 impl Session<'_> {
     fn open(&mut self, request: &Request) -> Result<(), Failure> {
-        let steps = request.profile.collectors();
+        let steps = request.steps.iter();
         let opening = Opening {
             order: request.order.clone(),
             plan: steps.map(step).collect::<Result<_, _>>()?,
@@ -229,6 +251,7 @@ impl Session<'_> {
     /// Makes the next event and has it put. It is told when the store has it.
     fn event(&mut self, what: What) -> Result<(), Failure> {
         let segments = std::mem::take(&mut self.acknowledged);
+        self.told_at = Instant::now();
         let elapsed = u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX);
         let (key, object, event) = self.writer.next(elapsed, segments, what)?;
         // The same reading that a verifier does, so that a chain that would not verify is never closed.
@@ -278,31 +301,75 @@ impl Session<'_> {
     }
 
     fn steps(&mut self, request: &Request, cancel: &Cancel) -> Result<(), Failure> {
-        let tasks: Vec<Task> = (0u64..)
-            .zip(request.profile.collectors())
-            .map(|(step, c)| Task {
-                step,
-                kind: c.kind.to_owned(),
-                deadline: c.deadline,
-            })
-            .collect();
-        let cost = supervise(&request.root, request.cpus, &tasks, cancel, |event| match event {
-            Step::Begin(task) => self.begin(task),
-            Step::Record(line) => self.record(&line),
-            Step::End(_, end) => self.end(end),
-        })?;
+        let mut workers = crate::collect::Usage::default();
+        let mut tasks: Vec<Task> = Vec::new();
+        for (number, step) in (0u64..).zip(&request.steps) {
+            if let Action::Collect(collector) = step.action {
+                tasks.push(Task {
+                    step: number,
+                    kind: step.kind.clone(),
+                    collector: collector.kind,
+                    deadline: step.deadline,
+                });
+                continue;
+            }
+            self.collect(request, &std::mem::take(&mut tasks), &mut workers, cancel)?;
+            self.begin(number, &step.kind)?;
+            let end = match cancel.requested() {
+                Some(why) => memory::End::skipped(format!("stopped: {why}")),
+                None => match step.action {
+                    Action::Companions => self.companions(request)?,
+                    Action::ProcessMemory => self.process_memory(request, step, cancel)?,
+                    _ => self.memory(request, step, cancel)?,
+                },
+            };
+            if let Some(current) = &mut self.current {
+                current.outcome.ranges = end.ranges;
+            }
+            self.end(end.how)?;
+        }
+        self.collect(request, &tasks, &mut workers, cancel)?;
         self.drain()?;
         let own = crate::sys::usage();
         let plus = |a: Option<u64>, b: Option<u64>| Some(a?.saturating_add(b.unwrap_or(0)));
-        self.footprint.pids.extend(cost.pids);
-        self.footprint.cpu_us = plus(own.cpu_us, cost.usage.cpu_us);
-        self.footprint.peak_resident = plus(own.peak_resident, cost.usage.peak_resident);
-        self.footprint.read = plus(own.read, cost.usage.read);
+        self.footprint.cpu_us = plus(own.cpu_us, workers.cpu_us);
+        self.footprint.peak_resident = plus(own.peak_resident, workers.peak_resident);
+        self.footprint.read = plus(own.read, workers.read);
         Ok(())
     }
 
-    fn begin(&mut self, task: &Task) -> Result<(), Failure> {
-        let kind: Kind = task.kind.parse()?;
+    /// Runs collectors in workers.
+    fn collect(
+        &mut self,
+        request: &Request,
+        tasks: &[Task],
+        workers: &mut crate::collect::Usage,
+        cancel: &Cancel,
+    ) -> Result<(), Failure> {
+        if tasks.is_empty() {
+            return Ok(());
+        }
+        let mut known = std::mem::take(&mut self.known);
+        let cost = supervise(
+            &request.root,
+            request.cpus,
+            tasks,
+            cancel,
+            &mut known,
+            |event| match event {
+                Turn::Begin(task) => self.begin(task.step, &task.kind),
+                Turn::Record(line) => self.record(&line),
+                Turn::End(_, end) => self.end(end),
+            },
+        )?;
+        self.known = known;
+        self.footprint.pids.extend(cost.pids);
+        workers.add(cost.usage);
+        Ok(())
+    }
+
+    fn begin(&mut self, step: u64, kind: &str) -> Result<(), Failure> {
+        let kind: Kind = kind.parse()?;
         let packer =
             RecordPacker::new(Artifact::Volatile(kind.clone()), LEVEL).map_err(|e| Failure::System {
                 what: "no compressor",
@@ -310,7 +377,7 @@ impl Session<'_> {
             })?;
         let now = Timestamp::now();
         let outcome = Outcome {
-            step: task.step,
+            step,
             kind,
             status: Status::Complete,
             reason: None,
@@ -318,6 +385,7 @@ impl Session<'_> {
             notes: Vec::new(),
             records: 0,
             bytes: 0,
+            ranges: Vec::new(),
             started: now,
             ended: now,
         };
@@ -351,19 +419,30 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// A segment of the step under way.
     fn send(&mut self, packed: Packed) {
+        let Some(step) = self.current.as_ref().map(|current| current.outcome.step) else {
+            return;
+        };
+        self.send_for(step, packed);
+    }
+
+    fn send_for(&mut self, step: u64, packed: Packed) {
         self.footprint.sent = self.footprint.sent.saturating_add(packed.entry.stored);
-        self.put(Put::Segment(packed));
+        self.put(Put::Segment(packed, step));
     }
 
     fn end(&mut self, end: crate::worker::End) -> Result<(), Failure> {
         let Some(mut current) = self.current.take() else {
             return Ok(());
         };
-        self.footprint.buffers = vec![current.packer.buffer()];
+        let buffer = current.packer.buffer();
+        if !self.footprint.buffers.contains(&buffer) && self.footprint.buffers.len() < 256 {
+            self.footprint.buffers.push(buffer);
+        }
         if current.failed.is_none() {
             match current.packer.flush() {
-                Ok(Some(packed)) => self.send(packed),
+                Ok(Some(packed)) => self.send_for(current.outcome.step, packed),
                 Ok(None) => (),
                 Err(error) => current.failed = Some(format!("a record could not be packed: {error}")),
             }
@@ -403,8 +482,8 @@ impl Session<'_> {
                 *left = left.saturating_sub(1);
             }
             match answer {
-                Taken::Segment(entry, Ok(())) => self.acknowledged.push(entry),
-                Taken::Segment(entry, Err(error)) => self.fail(&entry, &error),
+                Taken::Segment(entry, _, Ok(())) => self.acknowledged.push(entry),
+                Taken::Segment(entry, step, Err(error)) => self.fail(&entry, step, &error),
                 Taken::Event(_, event, Ok(())) => (self.tell)(&event),
                 Taken::Event(key, _, Err(source)) => {
                     self.broken.get_or_insert(Failure::Store {
@@ -416,28 +495,18 @@ impl Session<'_> {
         }
     }
 
-    fn outcome_of(&mut self, entry: &SegmentEntry) -> Option<&mut Outcome> {
-        let Artifact::Volatile(kind) = &entry.artifact;
-        let current = self.current.as_mut().map(|c| &mut c.outcome);
-        self.waiting
-            .iter_mut()
-            .map(|(outcome, _)| outcome)
-            .chain(current)
-            .find(|o| o.kind == *kind)
-    }
-
-    fn fail(&mut self, entry: &SegmentEntry, error: &io::Error) {
+    fn fail(&mut self, entry: &SegmentEntry, step: u64, error: &io::Error) {
         let why = format!(
-            "segment {} was not stored: {}",
+            "segment {} of {} was not stored: {}",
             entry.number,
+            entry.artifact,
             crate::collect::describe(error)
         );
         if let Some(current) = &mut self.current
-            && Artifact::Volatile(current.outcome.kind.clone()) == entry.artifact
+            && current.outcome.step == step
         {
-            current.failed.get_or_insert(why.clone());
-        }
-        if let Some(outcome) = self.outcome_of(entry)
+            current.failed.get_or_insert(why);
+        } else if let Some((outcome, _)) = self.waiting.iter_mut().find(|(outcome, _)| outcome.step == step)
             && outcome.status != Status::Failed
         {
             outcome.status = Status::Failed;
@@ -480,11 +549,11 @@ impl Session<'_> {
     }
 }
 
-/// How a collector stands in the plan.
-pub fn step(collector: &crate::collect::Collector) -> Result<chain::Step, Error> {
+/// How a step stands in the chain.
+fn step(step: &Step) -> Result<chain::Step, Error> {
     Ok(chain::Step {
-        kind: collector.kind.parse()?,
-        deadline_s: collector.deadline.as_secs(),
+        kind: step.kind.parse()?,
+        deadline_s: step.deadline.as_secs(),
     })
 }
 

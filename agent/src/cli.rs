@@ -3,8 +3,9 @@
 
 use crate::{
     cancel::Cancel,
-    capture::{self, Request},
-    plan::{PROFILES, Profile},
+    capture::{self, MemoryOrder, Request},
+    memory::probe::probe,
+    plan::{Extras, PROFILES, Profile, Step},
     sys::COLLECTORS,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -18,7 +19,8 @@ use stillframe_evidence::{
     SCHEMA,
     chain::{Event, Order, What},
     layout::{CaptureId, CaseName},
-    text::{Text, json_line},
+    root::Hash,
+    text::{Text, json_line, printable},
 };
 
 /// Collects, in order of volatility, what this host would lose at power-off.
@@ -39,11 +41,23 @@ enum Verb {
         #[arg(long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Say what capturing this host's memory would meet: source, lockdown, paging, ranges, expected size and time
+    MemoryProbe {
+        /// Where the host's root is mounted, when the agent runs in a privileged container
+        #[arg(long, default_value = "/")]
+        root: PathBuf,
+        /// How to print
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
+    },
     /// Print the version of the program and of the evidence format
     Version,
     /// What the agent runs itself as, for what may hang
     #[command(hide = true)]
     Worker,
+    /// What the agent runs itself as, to load a module and remove it whatever happens
+    #[command(hide = true)]
+    LimeGuardian,
 }
 
 #[derive(Args)]
@@ -78,6 +92,24 @@ struct CaptureArgs {
     /// Processors that collecting may use at once [default: all, at most 4]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=16))]
     cpus: Option<u8>,
+    /// Bring in an image that somebody else took (LiME, AVML, raw, ELF core) instead of collecting from this host
+    #[arg(long, conflicts_with_all = ["lime_module", "pid"])]
+    image: Option<PathBuf>,
+    /// Read memory with this LiME module, built for exactly this kernel, instead of /proc/kcore
+    #[arg(long, requires = "lime_sha256")]
+    lime_module: Option<PathBuf>,
+    /// The SHA-256 that the module must have
+    #[arg(long, requires = "lime_module")]
+    lime_sha256: Option<Hash>,
+    /// Capture the memory of this process too; may be given several times
+    #[arg(long)]
+    pid: Vec<u32>,
+    /// Read at most so many MiB of memory a second
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    max_rate: Option<u64>,
+    /// Let the memory of this host be written to one of its own disks, which destroys what was deleted there
+    #[arg(long)]
+    on_this_disk: bool,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -115,6 +147,20 @@ pub fn run() -> ExitCode {
             }
             ExitCode::SUCCESS
         }
+        Verb::MemoryProbe { root, output } => {
+            let probe = probe(&root, usize::from(cpus()));
+            line(&mut std::io::stdout(), output, &probe, || {
+                probe.lines().join("\n")
+            });
+            match probe.method {
+                Some(_) => ExitCode::SUCCESS,
+                None => ExitCode::from(5),
+            }
+        }
+        Verb::LimeGuardian => match crate::memory::lime::guard() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
         Verb::Version => {
             line(&mut std::io::stdout(), Output::Text, &(), || {
                 format!("stillframe-agent {} format {SCHEMA}", env!("CARGO_PKG_VERSION"))
@@ -140,52 +186,89 @@ fn line<T: serde::Serialize>(out: &mut dyn Write, output: Output, value: &T, tex
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
-fn run_capture(args: CaptureArgs) -> ExitCode {
-    if args.plan {
-        for c in args.profile.collectors() {
-            let value =
-                serde_json::json!({"kind": c.kind, "about": c.about, "deadline_s": c.deadline.as_secs()});
-            line(&mut std::io::stdout(), args.output, &value, || {
-                format!(
-                    "{:<16} at most {:>3} s   {}",
-                    c.kind,
-                    c.deadline.as_secs(),
-                    c.about
-                )
-            });
-        }
-        return ExitCode::SUCCESS;
-    }
-    let refused = if !crate::sys::is_root(&args.root) {
+fn refuse(why: &str) -> ExitCode {
+    eprintln!("stillframe-agent: {}", printable(why.as_bytes()));
+    ExitCode::from(2)
+}
+
+/// What is wrong with the order, before anything is begun.
+fn wrong_use(args: &CaptureArgs) -> Option<String> {
+    let streams_memory = args.profile.memory || !args.pid.is_empty();
+    if args.image.is_none() && !crate::sys::is_root(&args.root) {
         Some(format!(
             "--root {}: no host's root is mounted there",
             args.root.display()
         ))
+    } else if args.lime_module.is_some() && !args.profile.memory {
+        Some("--lime-module: the profile does not capture memory; use --profile memory or full".to_owned())
     } else if args.store == "-" && std::io::stdout().is_terminal() {
         Some(
             "--store -: the stream is not for a terminal; pipe it into `stillframe receive` or a file"
                 .to_owned(),
         )
+    } else if streams_memory
+        && args.image.is_none()
+        && args.store != "-"
+        && !args.on_this_disk
+        && crate::sys::is_own_disk(args.store.as_ref())
+    {
+        Some(format!(
+            "--store {}: the memory of this host would be written to one of its own disks, over what was deleted there; use --store - or \
+             a network file system, or say --on-this-disk",
+            args.store
+        ))
     } else {
-        None
-    };
-    if let Some(why) = refused {
-        eprintln!(
-            "stillframe-agent: {}",
-            stillframe_evidence::text::printable(why.as_bytes())
-        );
-        return ExitCode::from(2);
+        args.image
+            .as_ref()
+            .and_then(|path| crate::memory::image::open(path).err())
+    }
+}
+
+fn print_plan(args: &CaptureArgs, steps: &[Step]) {
+    let memory = args.profile.memory && args.image.is_none();
+    let probe = memory.then(|| probe(&args.root, usize::from(args.cpus.unwrap_or_else(cpus))));
+    for step in steps {
+        let expected = probe
+            .as_ref()
+            .filter(|p| step.kind == "memory" && p.method.is_some());
+        let value = serde_json::json!({
+            "kind": step.kind, "about": step.about, "deadline_s": step.deadline.as_secs(),
+            "expected_bytes": expected.map(|p| p.expected_stored), "expected_s": expected.map(|p| p.expected_seconds),
+        });
+        line(&mut std::io::stdout(), args.output, &value, || {
+            let expected = expected.map_or_else(String::new, |p| {
+                format!(
+                    "; about {} MiB to store, {} s",
+                    p.expected_stored >> 20,
+                    p.expected_seconds
+                )
+            });
+            format!(
+                "{:<16} at most {:>5} s   {}{expected}",
+                step.kind,
+                step.deadline.as_secs(),
+                step.about
+            )
+        });
+    }
+}
+
+fn run_capture(args: CaptureArgs) -> ExitCode {
+    let steps = args.profile.steps(Extras {
+        image: args.image.is_some(),
+        processes: !args.pid.is_empty(),
+    });
+    if args.plan {
+        print_plan(&args, &steps);
+        return ExitCode::SUCCESS;
+    }
+    if let Some(why) = wrong_use(&args) {
+        return refuse(&why);
     }
     let id = args.id.unwrap_or_else(CaptureId::mint);
     let store = match stillframe_store::open(&args.store, id) {
         Ok(store) => store,
-        Err(why) => {
-            eprintln!(
-                "stillframe-agent: {}",
-                stillframe_evidence::text::printable(why.as_bytes())
-            );
-            return ExitCode::from(2);
-        }
+        Err(why) => return refuse(&why),
     };
     let request = Request {
         id,
@@ -196,7 +279,13 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
             ordered_by: Text::from(&args.ordered_by),
             ordered_at: args.ordered_at,
         },
-        profile: args.profile,
+        steps,
+        memory: MemoryOrder {
+            image: args.image,
+            lime: args.lime_module.zip(args.lime_sha256),
+            pids: args.pid,
+            rate: args.max_rate.map(|rate| rate << 20),
+        },
         root: args.root,
         cpus: args.cpus.unwrap_or_else(cpus),
     };
@@ -212,13 +301,13 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
     match result {
         Ok(chain)
             if chain.closing().is_some_and(|c| c.stopped.is_none())
-                && chain.outcomes().all(|o| o.status.is_good()) =>
+                && chain.outcomes().all(|o| o.is_good()) =>
         {
             ExitCode::SUCCESS
         }
         Ok(_) => ExitCode::from(5),
         Err(failure) => {
-            let why = stillframe_evidence::text::printable(failure.to_string().as_bytes());
+            let why = printable(failure.to_string().as_bytes());
             eprintln!(
                 "stillframe-agent: capture {id} has no manifest: {why}; `stillframe salvage` reads what was stored"
             );
@@ -230,6 +319,12 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
 fn describe(event: &Event) -> String {
     match &event.event {
         What::Opened(opening) => format!("capture {}  key {}", event.capture, opening.key),
+        What::Progress(progress) => format!(
+            "  {:<16} {:>3} % of {} MiB",
+            progress.kind.as_str(),
+            progress.done.saturating_mul(100) / progress.expected.max(1),
+            progress.expected >> 20
+        ),
         What::Step(outcome) => format!("  {outcome}"),
         What::Closed(closing) => match &closing.stopped {
             Some(why) => format!("closed: {why}"),

@@ -370,6 +370,19 @@ pub struct Usage {
     pub read: Option<u64>,
 }
 
+impl Usage {
+    /// Adds what one more worker cost: sums, and the largest resident memory.
+    pub fn add(&mut self, one: Usage) {
+        let plus = |a: Option<u64>, b: Option<u64>| match (a, b) {
+            (Some(a), Some(b)) => Some(a.saturating_add(b)),
+            (a, b) => a.or(b),
+        };
+        self.cpu_us = plus(self.cpu_us, one.cpu_us);
+        self.read = plus(self.read, one.read);
+        self.peak_resident = self.peak_resident.max(one.peak_resident);
+    }
+}
+
 /// The worker's whole life: reads its job from `input`, runs its steps, writes messages to `output`.
 pub fn work(input: impl io::Read, output: Box<dyn Write + Send>) -> io::Result<()> {
     let job: Job = serde_json::from_reader(input).map_err(io::Error::other)?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! order -> plan -> worker processes (collectors of sys/<platform>) -> records -> segments -> store -> chain -> manifest
+//!               -> memory sources (memory/) ----------------------> frames  ->
 //! ```
 //! Each arrow is one call in one direction. No collector knows a store and no store (the crate `stillframe_store`) knows a
 //! collector; only [`capture`] knows both. A collector runs in a worker process ([`worker`]), so that one that hangs or dies costs what it was at
@@ -16,6 +17,7 @@ pub mod capture;
 pub mod cli;
 pub mod collect;
 pub mod imds;
+pub mod memory;
 pub mod plan;
 pub mod sys;
 pub mod worker;

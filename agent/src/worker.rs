@@ -285,8 +285,10 @@ impl Drop for Worker {
 pub struct Task {
     /// Its place in the plan.
     pub step: u64,
-    /// The kind.
+    /// The kind of its records.
     pub kind: String,
+    /// The collector that reads it.
+    pub collector: &'static str,
     /// Its deadline.
     pub deadline: Duration,
 }
@@ -321,6 +323,14 @@ pub struct Cost {
     pub pids: Vec<u32>,
     /// What those told that came to a proper end: sums, and the largest resident memory.
     pub usage: Usage,
+}
+
+/// What is known across steps, whoever runs them.
+#[derive(Default)]
+pub struct Known {
+    /// Processes seen: id and start.
+    seen: Vec<(u32, u64)>,
+    avoided: Avoid,
 }
 
 /// What workers have hung on, across steps.
@@ -484,11 +494,11 @@ pub fn supervise<E>(
     lanes: u8,
     tasks: &[Task],
     cancel: &Cancel,
+    known: &mut Known,
     mut each: impl FnMut(Event) -> Result<(), E>,
 ) -> Result<Cost, E> {
     let mut cost = Cost::default();
-    let mut seen: Vec<(u32, u64)> = Vec::new();
-    let mut avoided = Avoid::default();
+    let Known { seen, avoided } = known;
     let mut worker: Option<Worker> = None;
     let mut remaining = tasks.iter();
     let mut behind = tasks;
@@ -506,7 +516,7 @@ pub fn supervise<E>(
                 break progress.end(status, Some(format!("stopped: {why}")));
             }
             let Some(current) = &mut worker else {
-                let steps = behind.iter().map(|t| (t.step, t.kind.clone())).collect();
+                let steps = behind.iter().map(|t| (t.step, t.collector.to_owned())).collect();
                 let job = Job {
                     root: root.to_owned(),
                     steps,
@@ -530,13 +540,13 @@ pub fn supervise<E>(
                     }
                 }
             };
-            match turn(current, task, &mut progress, &mut cost, &mut seen, &mut each)? {
+            match turn(current, task, &mut progress, &mut cost, seen, &mut each)? {
                 Turn::Go => (),
                 Turn::StepDone(end) => break end,
                 Turn::WorkerDone => worker = None,
                 Turn::Lost { fate, hung } => {
                     worker = None;
-                    progress.lost(&fate, &mut avoided, hung);
+                    progress.lost(&fate, avoided, hung);
                     if progress.lost >= MAX_LOST || (!progress.begun && progress.lost >= 3) {
                         let why = format!("{} workers were lost; the last one {fate}", progress.lost);
                         break progress.end(Status::Failed, Some(why));
@@ -563,21 +573,11 @@ pub fn supervise<E>(
             ..
         })) = last.hear(Duration::from_millis(200))
         {
-            add(&mut cost.usage, usage);
+            cost.usage.add(usage);
         }
         last.fate();
     }
     Ok(cost)
-}
-
-fn add(sum: &mut Usage, one: Usage) {
-    let plus = |a: Option<u64>, b: Option<u64>| match (a, b) {
-        (Some(a), Some(b)) => Some(a.saturating_add(b)),
-        (a, b) => a.or(b),
-    };
-    sum.cpu_us = plus(sum.cpu_us, one.cpu_us);
-    sum.read = plus(sum.read, one.read);
-    sum.peak_resident = sum.peak_resident.max(one.peak_resident);
 }
 
 /// Hears one message of the worker, or its silence.
@@ -671,7 +671,7 @@ fn turn<E>(
             return Ok(Turn::StepDone(finished.end(status, reason)));
         }
         Message::Bye(usage) => {
-            add(&mut cost.usage, usage);
+            cost.usage.add(usage);
             return Ok(Turn::WorkerDone);
         }
         Message::Begin { .. } | Message::End { .. } => {

@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::{
-    command::{capture, cat, list, receive, salvage, show, verify},
+    command::{capture, cat, fetch, list, receive, salvage, show, symbols, verify},
     ui::{Output, Ui},
 };
 use clap::{Parser, Subcommand};
@@ -34,6 +34,10 @@ enum Verb {
     Salvage(salvage::Args),
     /// Print the records of one kind as JSON lines
     Cat(cat::Args),
+    /// Write a capture's memory to a directory, ready for Volatility: the image, its symbols, the command line
+    Fetch(fetch::Args),
+    /// Make a Volatility 3 symbol table from any Linux memory image, or from the files of a boot
+    Symbols(symbols::Args),
 }
 
 /// Exit codes of every verb: 0 done and good, 1 done and not good (tampered), 2 wrong use, 3 incomplete, 4 salvaged,
@@ -49,6 +53,8 @@ pub fn run() -> ExitCode {
         Verb::Verify(args) => verify::run(&args, &ui),
         Verb::Salvage(args) => salvage::run(&args, &ui),
         Verb::Cat(args) => cat::run(&args, &ui),
+        Verb::Fetch(args) => fetch::run(&args, &ui),
+        Verb::Symbols(args) => symbols::run(&args, &ui),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -2,10 +2,12 @@
 
 pub mod capture;
 pub mod cat;
+pub mod fetch;
 pub mod list;
 pub mod receive;
 pub mod salvage;
 pub mod show;
+pub mod symbols;
 pub mod verify;
 
 use clap::Args;

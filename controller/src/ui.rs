@@ -112,6 +112,11 @@ impl Activity {
         self.bar.set_message(printable(what.as_bytes()));
     }
 
+    /// Says how far it is.
+    pub fn progress(&self, what: &str) {
+        self.bar.set_message(printable(what.as_bytes()));
+    }
+
     /// Prints above it.
     pub fn above(&self, ui: &Ui, line: &str) {
         self.bar.suspend(|| ui.say(line));

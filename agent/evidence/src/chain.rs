@@ -6,7 +6,7 @@ use crate::{
     records::host::{Clock, Identity},
     root::Hash,
     segments::SegmentEntry,
-    signature::{CaptureKey, PublicKey, split},
+    signature::{PublicKey, Signatory, seal, split},
     text::{Text, json_line},
 };
 use jiff::Timestamp;
@@ -43,6 +43,8 @@ pub struct Event {
 pub enum What {
     /// Before anything is collected.
     Opened(Box<Opening>),
+    /// The step under way has come further: what it has stored so far is acknowledged.
+    Progress(Progress),
     /// A step of the plan has ended.
     Step(Outcome),
     /// After the last step.
@@ -109,6 +111,44 @@ pub struct AgentIdentity {
     pub argv: Vec<Text>,
 }
 
+/// How far a long step has come.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    /// The kind collected.
+    pub kind: Kind,
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes expected.
+    pub expected: u64,
+}
+
+/// What was made of one range of memory; all in bytes. Their sum is the range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RangeAccount {
+    /// The first address: physical, or virtual for the memory of one process.
+    pub start: u64,
+    /// The last address.
+    pub end: u64,
+    /// Read, and holding something.
+    pub read: u64,
+    /// Read as zeros, and nothing says that the kernel kept it back.
+    pub zero: u64,
+    /// Stored as zeros, because the kernel keeps it back (offline, poisoned, no page there) or because it holds the key of
+    /// this capture.
+    pub withheld: u64,
+    /// Stored as zeros, because reading failed.
+    pub unreadable: u64,
+    /// Not stored: the capture was stopped before, or the store failed.
+    pub missing: u64,
+}
+
+impl RangeAccount {
+    /// Bytes of the range.
+    pub fn size(&self) -> u64 {
+        self.end.saturating_sub(self.start).saturating_add(1)
+    }
+}
+
 /// How a step ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -167,12 +207,24 @@ pub struct Outcome {
     pub notes: Vec<String>,
     /// Records collected.
     pub records: u64,
-    /// Bytes of records, before compression.
+    /// Bytes of records, and of memory, before compression.
     pub bytes: u64,
+    /// What was made of each range of memory that was expected.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<RangeAccount>,
     /// When it began.
     pub started: Timestamp,
     /// When it ended.
     pub ended: Timestamp,
+}
+
+impl Outcome {
+    /// True when nothing is missing that was asked for. That a kernel does not have some kind of record is an answer; that its
+    /// memory cannot be had is not.
+    pub fn is_good(&self) -> bool {
+        let memory = matches!(self.kind.as_str(), "memory" | "process-memory");
+        self.status.is_good() && !(memory && self.status == Status::Unsupported)
+    }
 }
 
 /// Something that could not be read.
@@ -204,13 +256,16 @@ impl fmt::Display for Problem {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let took = self.ended.as_millisecond() - self.started.as_millisecond();
-        let records = if self.records == 1 { "record " } else { "records" };
+        let amount = match (self.ranges.is_empty(), self.records) {
+            (false, _) => format!("{:>7} MiB    ", self.bytes >> 20),
+            (true, 1) => "      1 record ".to_owned(),
+            (true, n) => format!("{n:>7} records"),
+        };
         write!(
             f,
-            "{:<16} {:<11} {:>7} {records} {took:>6} ms",
+            "{:<16} {:<11} {amount} {took:>6} ms",
             self.kind.as_str(),
-            self.status,
-            self.records
+            self.status
         )?;
         let more = |n: usize| {
             if n > 1 {
@@ -263,7 +318,7 @@ pub struct Footprint {
 
 /// Makes the events of a chain.
 pub struct ChainWriter {
-    key: CaptureKey,
+    key: Box<dyn Signatory>,
     capture: CaptureId,
     sequence: u64,
     previous: Option<Hash>,
@@ -271,7 +326,7 @@ pub struct ChainWriter {
 
 impl ChainWriter {
     /// A chain without events.
-    pub fn new(key: CaptureKey, capture: CaptureId) -> Self {
+    pub fn new(key: Box<dyn Signatory>, capture: CaptureId) -> Self {
         ChainWriter {
             key,
             capture,
@@ -302,7 +357,7 @@ impl ChainWriter {
             segments,
             event,
         };
-        let object = self.key.seal(&json_line(&event)?);
+        let object = seal(&*self.key, &json_line(&event)?);
         let sha256 = Hash::of(&object);
         self.sequence += 1;
         self.previous = Some(sha256);
@@ -318,7 +373,7 @@ impl ChainWriter {
 
     /// Signs a manifest.
     pub fn seal(&self, payload: &str) -> Vec<u8> {
-        self.key.seal(payload)
+        seal(&*self.key, payload)
     }
 }
 
@@ -407,6 +462,13 @@ impl Chain {
             (What::Opened(_), None) => Ok(()),
             (What::Opened(_), Some(_)) => Err("opens the capture a second time".to_owned()),
             (_, None) => Err("comes before the capture is opened".to_owned()),
+            (What::Progress(progress), Some(plan)) => match plan.get(done) {
+                Some(step) if step.kind == progress.kind => Ok(()),
+                _ => Err(format!(
+                    "reports progress of {}, which is not under way",
+                    progress.kind
+                )),
+            },
             (What::Step(outcome), Some(plan)) => {
                 let fits = plan.get(done).is_some_and(|step| step.kind == outcome.kind);
                 if fits && outcome.step == done as u64 {
@@ -485,7 +547,10 @@ impl Chain {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::segments::{Packed, RecordPacker};
+    use crate::{
+        segments::{Packed, RecordPacker},
+        signature::CaptureKey,
+    };
     use proptest::prelude::*;
 
     pub(crate) fn opening(key: PublicKey, kinds: &[&str]) -> What {
@@ -530,6 +595,7 @@ pub(crate) mod tests {
             notes: vec![],
             records: 1,
             bytes: 2,
+            ranges: vec![],
             started: now,
             ended: now,
         })
@@ -551,7 +617,7 @@ pub(crate) mod tests {
     /// A capture of `kinds`, one segment each: its id, its objects in the order of the chain, its segments.
     pub(crate) fn capture(seed: u8, kinds: &[&str]) -> (CaptureId, Vec<Vec<u8>>, Vec<Packed>, ChainWriter) {
         let id = CaptureId::mint();
-        let mut writer = ChainWriter::new(CaptureKey::from_seed(&[seed; 32]), id);
+        let mut writer = ChainWriter::new(Box::new(CaptureKey::from_seed(&[seed; 32])), id);
         let mut objects = vec![];
         let mut segments = vec![];
         let key = writer.key();
@@ -614,7 +680,7 @@ pub(crate) mod tests {
     #[test]
     fn a_chain_cannot_close_over_a_missing_outcome() {
         let id = CaptureId::mint();
-        let mut writer = ChainWriter::new(CaptureKey::from_seed(&[9; 32]), id);
+        let mut writer = ChainWriter::new(Box::new(CaptureKey::from_seed(&[9; 32])), id);
         let key = writer.key();
         let first = writer.next(0, vec![], opening(key, &["x"])).unwrap().1;
         let last = writer.next(0, vec![], closed()).unwrap().1;

@@ -35,66 +35,89 @@ pub struct Frame {
     pub sha256: Hash,
 }
 
-/// Builds the bytes of one segment after another, with one compressor and one buffer.
+/// Makes frames, one at a time; threads that compress side by side have one each.
+pub struct Framer(Compressor<'static>);
+
+impl Framer {
+    /// A framer that compresses at zstd `level`.
+    pub fn new(level: i32) -> io::Result<Self> {
+        let mut compressor = Compressor::new(level)?;
+        compressor.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true))?;
+        compressor.set_parameter(zstd::zstd_safe::CParameter::ContentSizeFlag(true))?;
+        Ok(Framer(compressor))
+    }
+
+    /// Compresses at another level from here on.
+    pub fn set_level(&mut self, level: i32) -> io::Result<()> {
+        self.0
+            .set_parameter(zstd::zstd_safe::CParameter::CompressionLevel(level))
+    }
+
+    /// Appends the frame of `plain` to `out`. Fails when it is empty or larger than [`MAX_FRAME`]; `out` is then as it
+    /// was.
+    pub fn frame(&mut self, plain: &[u8], read_at: Timestamp, out: &mut Vec<u8>) -> io::Result<Frame> {
+        if plain.is_empty() || plain.len() > MAX_FRAME {
+            return Err(io::Error::other(format!("a frame of {} bytes", plain.len())));
+        }
+        let before = out.len();
+        out.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        // Behind what is there, into room that nobody has to clear first.
+        let mut behind = io::Cursor::new(std::mem::take(out));
+        behind.set_position(before as u64);
+        let result = self.0.compress_to_buffer(plain, &mut behind);
+        *out = behind.into_inner();
+        let written = *result.as_ref().unwrap_or(&0);
+        out.truncate(before + written);
+        result?;
+        let (Ok(plain_size), Ok(stored)) = (u32::try_from(plain.len()), u32::try_from(written)) else {
+            return Err(io::ErrorKind::Other.into());
+        };
+        Ok(Frame {
+            plain: plain_size,
+            stored,
+            read_at: Timestamp::from_microsecond(read_at.as_microsecond()).unwrap_or(read_at),
+            sha256: Hash::of(plain),
+        })
+    }
+}
+
+/// Puts frames together to one segment after another, with one buffer.
+#[derive(Default)]
 pub struct SegmentBuilder {
-    compressor: Compressor<'static>,
     bytes: Vec<u8>,
     frames: Vec<Frame>,
 }
 
 impl SegmentBuilder {
-    /// A builder that compresses at zstd `level`.
-    pub fn new(level: i32) -> io::Result<Self> {
-        let mut compressor = Compressor::new(level)?;
-        compressor.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true))?;
-        compressor.set_parameter(zstd::zstd_safe::CParameter::ContentSizeFlag(true))?;
-        Ok(SegmentBuilder {
-            compressor,
-            bytes: Vec::new(),
-            frames: Vec::new(),
-        })
-    }
-
     /// Bytes that the segment would have now, without its tables.
     pub fn stored(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Frames so far.
-    pub fn frames(&self) -> &[Frame] {
-        &self.frames
-    }
-
-    /// Appends one frame. Fails when it is empty or larger than [`MAX_FRAME`], or when the segment would outgrow
-    /// [`MAX_SEGMENT`]; the segment is then as it was.
-    pub fn push(&mut self, plain: &[u8], read_at: Timestamp) -> io::Result<()> {
-        let before = self.bytes.len();
-        let bound = zstd::zstd_safe::compress_bound(plain.len());
+    fn fits(&self, more: usize) -> io::Result<()> {
         let tables = (self.frames.len() + 1) * (FRAME_ENTRY + SEEK_ENTRY) + 64;
-        if plain.is_empty() || plain.len() > MAX_FRAME || before + bound + tables > MAX_SEGMENT {
+        if self.bytes.len().saturating_add(more) + tables > MAX_SEGMENT {
             return Err(io::Error::other(format!(
-                "a frame of {} bytes does not fit the segment",
-                plain.len()
+                "a frame of {more} bytes does not fit the segment"
             )));
         }
-        self.bytes.resize(before + bound, 0);
-        let Some(room) = self.bytes.get_mut(before..) else {
-            return Err(io::ErrorKind::Other.into());
-        };
-        let result = self.compressor.compress_to_buffer(plain, room);
-        let written = *result.as_ref().unwrap_or(&0);
-        self.bytes.truncate(before + written);
-        result?;
-        let (Ok(plain_size), Ok(stored)) = (u32::try_from(plain.len()), u32::try_from(written)) else {
-            return Err(io::ErrorKind::Other.into());
-        };
-        let micros = Timestamp::from_microsecond(read_at.as_microsecond()).unwrap_or(read_at);
-        self.frames.push(Frame {
-            plain: plain_size,
-            stored,
-            read_at: micros,
-            sha256: Hash::of(plain),
-        });
+        Ok(())
+    }
+
+    /// Makes and appends one frame. Fails as [`Framer::frame`] does, and when the segment would outgrow [`MAX_SEGMENT`]; the
+    /// segment is then as it was.
+    pub fn push(&mut self, framer: &mut Framer, plain: &[u8], read_at: Timestamp) -> io::Result<()> {
+        self.fits(zstd::zstd_safe::compress_bound(plain.len()))?;
+        let frame = framer.frame(plain, read_at, &mut self.bytes)?;
+        self.frames.push(frame);
+        Ok(())
+    }
+
+    /// Appends a frame that was made elsewhere.
+    pub fn append(&mut self, frame: Frame, stored: &[u8]) -> io::Result<()> {
+        self.fits(stored.len())?;
+        self.bytes.extend_from_slice(stored);
+        self.frames.push(frame);
         Ok(())
     }
 
@@ -295,10 +318,11 @@ mod tests {
     use std::io::{Cursor as IoCursor, Read as _};
 
     fn build(plains: &[Vec<u8>]) -> (Vec<u8>, Vec<Frame>) {
-        let mut builder = SegmentBuilder::new(1).unwrap();
+        let (mut framer, mut builder) = (Framer::new(1).unwrap(), SegmentBuilder::default());
         for (i, plain) in plains.iter().enumerate() {
             builder
                 .push(
+                    &mut framer,
                     plain,
                     Timestamp::from_microsecond(i64::try_from(i).unwrap() * 7).unwrap(),
                 )
@@ -368,13 +392,10 @@ mod tests {
 
     #[test]
     fn limits_hold_when_writing() {
-        let mut builder = SegmentBuilder::new(1).unwrap();
-        assert!(builder.push(&[], Timestamp::UNIX_EPOCH).is_err());
-        assert!(
-            builder
-                .push(&vec![0; MAX_FRAME + 1], Timestamp::UNIX_EPOCH)
-                .is_err()
-        );
+        let (mut framer, mut builder) = (Framer::new(1).unwrap(), SegmentBuilder::default());
+        let now = Timestamp::UNIX_EPOCH;
+        assert!(builder.push(&mut framer, &[], now).is_err());
+        assert!(builder.push(&mut framer, &vec![0; MAX_FRAME + 1], now).is_err());
         assert!(builder.finish().is_none());
     }
 }

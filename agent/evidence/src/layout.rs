@@ -120,12 +120,15 @@ impl Writer {
 pub enum Artifact {
     /// Records of one kind, as JSON lines.
     Volatile(Kind),
+    /// Memory (`image`, `process-17`) and what is needed to read it (`btf`, `kallsyms`, …), byte for byte.
+    Memory(Kind),
 }
 
 impl Artifact {
     fn suffix(&self) -> &'static str {
         match self {
             Artifact::Volatile(_) => ".jsonl.zst",
+            Artifact::Memory(_) => ".zst",
         }
     }
 }
@@ -134,6 +137,7 @@ impl fmt::Display for Artifact {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Artifact::Volatile(kind) => write!(f, "volatile/{kind}"),
+            Artifact::Memory(name) => write!(f, "memory/{name}"),
         }
     }
 }
@@ -144,6 +148,7 @@ impl FromStr for Artifact {
     fn from_str(text: &str) -> Result<Self, Error> {
         match text.split_once('/') {
             Some(("volatile", kind)) => Ok(Artifact::Volatile(kind.parse()?)),
+            Some(("memory", name)) => Ok(Artifact::Memory(name.parse()?)),
             _ => Err(Error::Name {
                 what: "artifact",
                 why: "no artifact of this format has that name",
@@ -270,7 +275,10 @@ mod tests {
 
     fn keys() -> impl Strategy<Value = Key> {
         let hash = any::<[u8; 32]>().prop_map(Hash);
-        let artifact = "[a-z][a-z-]{0,20}".prop_map(|k| Artifact::Volatile(k.parse().unwrap()));
+        let artifact = ("[a-z][a-z-]{0,20}", any::<bool>()).prop_map(|(k, memory)| match memory {
+            true => Artifact::Memory(k.parse().unwrap()),
+            false => Artifact::Volatile(k.parse().unwrap()),
+        });
         prop_oneof![
             (1u64.., hash.clone()).prop_map(|(sequence, sha256)| Key::Event { sequence, sha256 }),
             (artifact, 1u64.., hash).prop_map(|(artifact, number, sha256)| Key::Segment {

@@ -9,6 +9,7 @@
 //! evidence/<writer>/<capture-id>/     written by the agent; each key once; never read back by it
 //!   progress/<n>-<sha256>.json        the chain: signed events, n = 000001, 000002, …
 //!   volatile/<kind>/<n>-<sha256>.jsonl.zst
+//!   memory/<name>/<n>-<sha256>.zst    image, process-<pid>, and what is needed to read them: btf, kallsyms, …
 //!   SHA256SUMS
 //!   manifest.json                     last
 //! cases/<case>/<capture-id>/          written by the controller (salvage.json, later witness and custody records)
@@ -33,6 +34,12 @@
 //! The plaintext of a `volatile` artifact is JSON lines: one [`records::Record`] a line. No line spans two frames. A
 //! process with very long lists has several records in a row, each with its `pid`, that continue the lists.
 //!
+//! The plaintext of `memory/image` is physical memory in the LiME format ([`image::lime`]). Each segment starts with the
+//! header of a range of its own, alone in its first frame, so any subset of the segments, decompressed and put end to end, is
+//! a LiME image. That of `memory/process-<pid>` is an ELF core; of the others, the bytes that the kernel gave. What could not
+//! be read stands there as zeros; the step's outcome accounts for every byte of every range ([`chain::RangeAccount`]) and
+//! the records of `volatile/memory` say where the gaps are and why.
+//!
 //! # Roots
 //! All roots are Merkle tree hashes as in RFC 9162, section 2.1.1, with SHA-256 ([`root`]): of a segment over the
 //! plaintext hashes of its frames (`frames_root`), of an artifact over the SHA-256 of its stored segments, of a capture
@@ -46,7 +53,8 @@
 //! `previous` = the SHA-256 of the whole object of event *n − 1* (null for the first).
 //! It lists the segments acknowledged by the store since the event before it, each exactly once in a chain, in
 //! ascending order within an artifact. The first event is `opened` (before anything is collected), the last
-//! `closed`; between them a `step` for each step of the plan, in the plan's order.
+//! `closed`; between them a `step` for each step of the plan, in the plan's order, and before the `step` of a long one any
+//! number of `progress`.
 //!
 //! # The manifest
 //! `SHA256SUMS` names every progress object and every segment, sorted by key, in the form that `sha256sum -c` reads from
@@ -62,6 +70,7 @@
 pub mod chain;
 pub mod error;
 pub mod frames;
+pub mod image;
 pub mod layout;
 pub mod manifest;
 pub mod records;

@@ -3,6 +3,7 @@
 //! A field that is absent was not there; a field that could not be read is absent *and* named in `errors`.
 
 pub mod host;
+pub mod memory;
 pub mod modules;
 pub mod mounts;
 pub mod processes;
@@ -120,6 +121,16 @@ pub enum Data {
     Login(Box<sessions::Login>),
     /// `sessions`: a session or a user as logind keeps it.
     Logind(Box<sessions::Logind>),
+    /// `companions`: something stored beside the image that is needed to read it.
+    Companion(Box<memory::Companion>),
+    /// `memory`, `process-memory`: how it was read.
+    MemorySource(Box<memory::MemorySource>),
+    /// `memory`, `process-memory`: addresses whose content is not in the image.
+    MemoryGap(Box<memory::MemoryGap>),
+    /// `memory`: pages that a process has the kernel hide from everybody.
+    SecretMapping(Box<memory::SecretMapping>),
+    /// `process-memory`: a mapping of the process.
+    Region(Box<memory::Region>),
 }
 
 #[cfg(test)]

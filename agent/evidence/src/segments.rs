@@ -1,7 +1,7 @@
 //! Runs of segments: what the chain says of each, and how a stream of records becomes them.
 
 use crate::{
-    frames::{Frame, SegmentBuilder},
+    frames::{Frame, Framer, SegmentBuilder},
     layout::{Artifact, Key},
     root::{Hash, root},
 };
@@ -96,6 +96,7 @@ const SEGMENT: usize = 2 << 20;
 /// it is alone larger than a frame may be, which [`RecordPacker::push`] refuses.
 pub struct RecordPacker {
     artifact: Artifact,
+    framer: Framer,
     builder: SegmentBuilder,
     number: u64,
     plain: Vec<u8>,
@@ -108,7 +109,8 @@ impl RecordPacker {
     pub fn new(artifact: Artifact, level: i32) -> io::Result<Self> {
         Ok(RecordPacker {
             artifact,
-            builder: SegmentBuilder::new(level)?,
+            framer: Framer::new(level)?,
+            builder: SegmentBuilder::default(),
             number: 0,
             plain: Vec::with_capacity(FRAME + (64 << 10)),
             first_read: Timestamp::UNIX_EPOCH,
@@ -153,7 +155,8 @@ impl RecordPacker {
 
     fn frame(&mut self) -> io::Result<()> {
         if !self.plain.is_empty() {
-            self.builder.push(&self.plain, self.first_read)?;
+            self.builder
+                .push(&mut self.framer, &self.plain, self.first_read)?;
             self.plain.clear();
         }
         Ok(())
@@ -169,6 +172,41 @@ impl RecordPacker {
             &frames,
             Some(std::mem::take(&mut self.records)),
         ))
+    }
+}
+
+/// Packs frames that were made elsewhere, and come in order, into the segments of one artifact.
+pub struct FramePacker {
+    artifact: Artifact,
+    builder: SegmentBuilder,
+    number: u64,
+}
+
+impl FramePacker {
+    /// A packer whose first segment will be number 1.
+    pub fn new(artifact: Artifact) -> Self {
+        FramePacker {
+            artifact,
+            builder: SegmentBuilder::default(),
+            number: 0,
+        }
+    }
+
+    /// Appends one frame.
+    pub fn append(&mut self, frame: Frame, stored: &[u8]) -> io::Result<()> {
+        self.builder.append(frame, stored)
+    }
+
+    /// Bytes of the segment under way.
+    pub fn stored(&self) -> usize {
+        self.builder.stored()
+    }
+
+    /// Ends the segment under way, if there is anything in it.
+    pub fn segment(&mut self) -> Option<Packed> {
+        let (bytes, frames) = self.builder.finish()?;
+        self.number += 1;
+        Some(pack(&self.artifact, self.number, bytes, &frames, None))
     }
 }
 

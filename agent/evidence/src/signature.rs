@@ -18,24 +18,37 @@ impl CaptureKey {
     pub fn from_seed(seed: &[u8; 32]) -> Self {
         CaptureKey(SigningKey::from_bytes(seed))
     }
+}
 
+/// Whoever holds the key of a capture and signs with it.
+pub trait Signatory: Send {
     /// The half that everybody may have.
-    pub fn public(&self) -> PublicKey {
+    fn public(&self) -> PublicKey;
+    /// The Ed25519 signature of `message`.
+    fn sign(&self, message: &[u8]) -> [u8; 64];
+}
+
+impl Signatory for CaptureKey {
+    fn public(&self) -> PublicKey {
         PublicKey(self.0.verifying_key())
     }
 
-    /// `{"signed":PAYLOAD,"signature":"HEX"}` and a line feed. `payload` must be one JSON value.
-    pub fn seal(&self, payload: &str) -> Vec<u8> {
-        let signature = self.0.sign(payload.as_bytes());
-        [
-            OPEN,
-            payload.as_bytes(),
-            MIDDLE,
-            hex::encode(signature.to_bytes()).as_bytes(),
-            CLOSE,
-        ]
-        .concat()
+    fn sign(&self, message: &[u8]) -> [u8; 64] {
+        self.0.sign(message).to_bytes()
     }
+}
+
+/// `{"signed":PAYLOAD,"signature":"HEX"}` and a line feed. `payload` must be one JSON value.
+pub fn seal(signatory: &dyn Signatory, payload: &str) -> Vec<u8> {
+    let signature = signatory.sign(payload.as_bytes());
+    [
+        OPEN,
+        payload.as_bytes(),
+        MIDDLE,
+        hex::encode(signature).as_bytes(),
+        CLOSE,
+    ]
+    .concat()
 }
 
 /// The public half of a capture's key; 64 lower-case hex digits.
@@ -132,7 +145,7 @@ mod tests {
         fn only_the_untouched_object_opens(seed in any::<[u8; 32]>(), text in any::<String>(), at in any::<prop::sample::Index>(), bit in 0u8..8) {
             let key = CaptureKey::from_seed(&seed);
             let payload = serde_json::to_string(&text).unwrap();
-            let sealed = key.seal(&payload);
+            let sealed = seal(&key, &payload);
             prop_assert_eq!(key.public().open(&sealed).unwrap(), &payload);
             prop_assert!(serde_json::from_slice::<serde_json::Value>(&sealed).is_ok());
             let mut touched = sealed.clone();

@@ -7,11 +7,13 @@
 mod clock;
 mod details;
 mod host;
+mod kernel_module;
 mod look;
 mod modules;
 mod mounts;
 mod netlink;
 mod netns;
+mod pages;
 mod proc;
 mod processes;
 mod routes;
@@ -21,7 +23,9 @@ mod sockets;
 
 pub use clock::clock;
 pub use host::identity;
+pub use kernel_module::{interrupt, load as load_module, remove as remove_module, stand_alone, this_thread};
 pub use look::Look;
+pub use pages::{KeyPages, LockedBuffer, Vault, read_at};
 
 use crate::collect::{Collector, Usage};
 use std::{
@@ -159,6 +163,68 @@ pub fn usage() -> Usage {
         peak_resident: line("/proc/self/status", "VmHWM:").map(|kib| kib.saturating_mul(1024)),
         read: line("/proc/self/io", "rchar:"),
     }
+}
+
+/// Opens a regular file of the host; what has been put in its place (a FIFO, a device) is not opened.
+pub fn open_regular(path: &std::path::Path) -> io::Result<fs::File> {
+    proc::open_regular(path)
+}
+
+/// The processes that have memory in `memfd_secret`, with those mappings: nobody can read it, and some crash who try.
+pub fn secret_mappings(root: &std::path::Path) -> Vec<(u32, u64, u64)> {
+    let mut found = Vec::new();
+    let Ok(processes) = proc::ProcDir::open(&root.join("proc")) else {
+        return found;
+    };
+    for pid in processes.numbers().unwrap_or_default() {
+        let maps = proc::read(&root.join(format!("proc/{pid}/maps"))).unwrap_or_default();
+        for line in proc::lines(&maps).filter(|line| line.windows(11).any(|w| w == b"/secretmem ")) {
+            let range = line.split(|b| *b == b' ').next().unwrap_or_default();
+            let mut ends = range.split(|b| *b == b'-').map(proc::hex);
+            if let (Some(Some(start)), Some(Some(end))) = (ends.next(), ends.next()) {
+                found.push((pid, start, end));
+            }
+        }
+    }
+    found
+}
+
+/// Whether `path` lies on a disk of this host, and not on a network file system or in another's hands (FUSE); by the magic
+/// numbers of `include/uapi/linux/magic.h`.
+pub fn is_own_disk(path: &std::path::Path) -> bool {
+    const ELSEWHERE: [u64; 7] = [
+        0x6969,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x0102_1997,
+        0x00c3_6400,
+        0x6573_5546,
+        0x517b,
+    ];
+    let there = path.ancestors().find(|p| p.exists()).unwrap_or(path);
+    let there = if there.as_os_str().is_empty() {
+        std::path::Path::new(".")
+    } else {
+        there
+    };
+    match rustix::fs::statfs(there) {
+        Ok(statfs) => {
+            u64::try_from(statfs.f_type).map_or(true, |magic| !ELSEWHERE.contains(&(magic & 0xffff_ffff)))
+        }
+        Err(_) => true,
+    }
+}
+
+/// Bytes of memory that this host has.
+pub fn total_memory(root: &std::path::Path) -> Option<u64> {
+    let text = fs::read_to_string(root.join("proc/meminfo")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim()
+        .strip_suffix(" kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
 }
 
 fn os(bytes: &[u8]) -> &OsStr {

@@ -1,6 +1,7 @@
 //! Windows: `host`, `processes` and TCP and UDP `sockets`, to hold the facade to its word; depth comes later.
 
 mod host;
+mod memory;
 mod processes;
 mod sockets;
 
@@ -10,6 +11,7 @@ use std::{io, path::PathBuf, process::ExitStatus, time::Duration};
 use stillframe_evidence::records::host::Clock;
 
 pub use host::identity;
+pub use memory::*;
 
 /// The kinds that this platform can collect.
 pub const COLLECTORS: &[Collector] = &[

@@ -40,6 +40,49 @@ pub struct Args {
     /// The agent to run, when it is not the one beside this program
     #[arg(long)]
     agent: Option<PathBuf>,
+    /// Bring in an image that somebody else took (LiME, AVML, raw, ELF core) instead of collecting from this host
+    #[arg(long)]
+    image: Option<PathBuf>,
+    /// Capture the memory of this process too; may be given several times
+    #[arg(long)]
+    pid: Vec<u32>,
+    /// Read memory with this LiME module, built for exactly this kernel, instead of /proc/kcore
+    #[arg(long, requires = "lime_sha256")]
+    lime_module: Option<PathBuf>,
+    /// The SHA-256 that the module must have
+    #[arg(long, requires = "lime_module")]
+    lime_sha256: Option<String>,
+    /// Read at most so many MiB of memory a second
+    #[arg(long)]
+    max_rate: Option<u64>,
+    /// Let the memory of this host be written to one of its own disks, which destroys what was deleted there
+    #[arg(long)]
+    on_this_disk: bool,
+}
+
+impl Args {
+    /// What the agent is told of memory.
+    fn memory(&self) -> Vec<std::ffi::OsString> {
+        let mut list: Vec<std::ffi::OsString> = Vec::new();
+        let mut add = |flag: &str, value: std::ffi::OsString| list.extend([flag.into(), value]);
+        self.image.iter().for_each(|path| add("--image", path.into()));
+        self.pid
+            .iter()
+            .for_each(|pid| add("--pid", pid.to_string().into()));
+        self.lime_module
+            .iter()
+            .for_each(|path| add("--lime-module", path.into()));
+        self.lime_sha256
+            .iter()
+            .for_each(|hash| add("--lime-sha256", hash.into()));
+        self.max_rate
+            .iter()
+            .for_each(|rate| add("--max-rate", rate.to_string().into()));
+        if self.on_this_disk {
+            list.push("--on-this-disk".into());
+        }
+        list
+    }
 }
 
 #[derive(Serialize)]
@@ -86,6 +129,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         .args(["--nonce", &uuid::Uuid::now_v7().simple().to_string()])
         .arg("--store")
         .arg(&args.store)
+        .args(args.memory())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -199,12 +243,25 @@ fn show(event: &Event, plan: &mut Vec<String>, activity: &Activity, args: &Args,
             activity.above(
                 ui,
                 &format!(
-                    "capture {}  this machine  profile {}  {kinds}, no memory",
+                    "capture {}  this machine  profile {}  {kinds}{}",
                     event.capture,
-                    printable(args.profile.as_bytes())
+                    printable(args.profile.as_bytes()),
+                    if plan.iter().any(|kind| kind == "memory") {
+                        ""
+                    } else {
+                        ", no memory"
+                    }
                 ),
             );
             activity.above(ui, &format!("key     {}", opening.key));
+        }
+        What::Progress(progress) => {
+            let share = progress.done.saturating_mul(100) / progress.expected.max(1);
+            activity.progress(&format!(
+                "{} {share} % of {}",
+                progress.kind,
+                bytes(progress.expected)
+            ));
         }
         What::Step(outcome) => activity.above(ui, &format!("  {outcome}")),
         What::Closed(closing) => {
@@ -214,6 +271,7 @@ fn show(event: &Event, plan: &mut Vec<String>, activity: &Activity, args: &Args,
         }
     }
     let done = match &event.event {
+        What::Progress(_) => return,
         What::Opened(_) => Some(0),
         What::Step(outcome) => usize::try_from(outcome.step).ok().map(|n| n + 1),
         What::Closed(_) => None,

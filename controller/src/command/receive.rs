@@ -55,7 +55,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             ui.say(&format!("  {outcome}"));
         }
         ui.print(&report, || verify::text(&report));
-        let whole = chain.is_some_and(|c| c.outcomes().all(|o| o.status.is_good()));
+        let whole = chain.is_some_and(|c| c.outcomes().all(|o| o.is_good()));
         let stopped = chain
             .and_then(|c| c.closing())
             .is_some_and(|c| c.stopped.is_some());

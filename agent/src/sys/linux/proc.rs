@@ -101,6 +101,11 @@ pub fn read_line(path: &Path) -> io::Result<Text> {
 
 /// A regular file of at most `max` bytes that lies on a disk. What has been put in its place (a FIFO, a device) is not opened.
 pub fn read_regular(path: &Path, max: usize) -> io::Result<Vec<u8>> {
+    drain(open_regular(path)?.into(), max)
+}
+
+/// The same file, open.
+pub fn open_regular(path: &Path) -> io::Result<File> {
     let fd = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
     if kind != FileType::RegularFile {
@@ -109,7 +114,7 @@ pub fn read_regular(path: &Path, max: usize) -> io::Result<Vec<u8>> {
             name_of(kind)
         )));
     }
-    drain(reopen(&fd)?, max)
+    Ok(File::from(reopen(&fd)?))
 }
 
 /// Opens for reading what a path-only descriptor stands for.

@@ -1,0 +1,236 @@
+//! Images of physical memory, whoever took them: where in the file which physical address is. Reads LiME, AVML (compressed),
+//! ELF cores of the kernel and raw files; writes the headers of LiME and ELF.
+//!
+//! Nothing here opens a file. All of an image is hostile: every length is checked against the file, every list is bounded.
+
+pub mod avml;
+pub mod elf;
+pub mod lime;
+
+use std::io;
+
+/// Bytes at offsets, such as a file.
+pub trait Bytes: Send + Sync {
+    /// How many there are.
+    fn size(&self) -> io::Result<u64>;
+    /// Fills `buffer` from the offset `at`; an error when there are not as many.
+    fn read_at(&self, at: u64, buffer: &mut [u8]) -> io::Result<()>;
+}
+
+impl Bytes for [u8] {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+
+    fn read_at(&self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let found = usize::try_from(at)
+            .ok()
+            .and_then(|at| self.get(at..at.checked_add(buffer.len())?))
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(found);
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+impl Bytes for std::fs::File {
+    fn size(&self) -> io::Result<u64> {
+        use std::io::Seek as _;
+        // The length of a block device is not in its metadata.
+        let mut file = self;
+        file.seek(io::SeekFrom::End(0))
+    }
+
+    fn read_at(&self, at: u64, buffer: &mut [u8]) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(self, buffer, at)
+    }
+}
+
+#[cfg(windows)]
+impl Bytes for std::fs::File {
+    fn size(&self) -> io::Result<u64> {
+        self.metadata().map(|m| m.len())
+    }
+
+    fn read_at(&self, mut at: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            let n = std::os::windows::fs::FileExt::seek_read(self, buffer, at)?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            at = at.saturating_add(n as u64);
+            buffer = buffer.get_mut(n..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+/// Why a file is not read as an image.
+#[derive(Debug, thiserror::Error)]
+pub enum NotAnImage {
+    /// The file could not be read.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// It claims a format and breaks its rules.
+    #[error("{format} at offset {at}: {why}")]
+    Malformed {
+        /// The format.
+        format: &'static str,
+        /// Where.
+        at: u64,
+        /// Which rule.
+        why: &'static str,
+    },
+}
+
+/// The formats that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// LiME, as this project writes it, LiME itself, and AVML when it does not compress.
+    Lime,
+    /// AVML's version 2: LiME-like headers, content in snappy frames.
+    Avml,
+    /// An ELF core with physical addresses.
+    Elf,
+    /// The bytes of physical memory from address 0.
+    Raw,
+}
+
+impl Format {
+    /// One word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Format::Lime => "lime",
+            Format::Avml => "avml",
+            Format::Elf => "elf",
+            Format::Raw => "raw",
+        }
+    }
+}
+
+/// A run of physical addresses in an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first address.
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where they are.
+    content: Content,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Content {
+    /// As they are, at this offset.
+    Plain(u64),
+    /// One chunk of snappy's framing format.
+    Snappy(avml::Chunk),
+}
+
+/// Runs that an image may have. A compressed one has one for each 64 KiB: this is 2 TiB of them.
+const MAX_RUNS: usize = 1 << 25;
+
+/// An image and its map.
+pub struct Image<'a> {
+    bytes: &'a dyn Bytes,
+    format: Format,
+    /// By address, without overlap.
+    runs: Vec<Run>,
+}
+
+impl<'a> Image<'a> {
+    /// Finds out the format and reads the map.
+    pub fn open(bytes: &'a dyn Bytes) -> Result<Self, NotAnImage> {
+        let size = bytes.size()?;
+        let mut magic = [0; 4];
+        if size >= 4 {
+            bytes.read_at(0, &mut magic)?;
+        }
+        let (format, mut runs) = match magic {
+            lime::MAGIC => (Format::Lime, lime::runs(bytes, size)?),
+            avml::MAGIC => (Format::Avml, avml::runs(bytes, size)?),
+            elf::MAGIC => (Format::Elf, elf::runs(bytes, size)?),
+            _ => {
+                let content = Content::Plain(0);
+                (
+                    Format::Raw,
+                    vec![Run {
+                        start: 0,
+                        size,
+                        content,
+                    }],
+                )
+            }
+        };
+        runs.retain(|run| run.size > 0);
+        runs.sort_by_key(|run| run.start);
+        let overlap = runs.windows(2).any(|pair| match pair {
+            [a, b] => a.start.checked_add(a.size).is_none_or(|end| end > b.start),
+            _ => false,
+        });
+        let wraps = runs
+            .last()
+            .is_some_and(|last| last.start.checked_add(last.size).is_none());
+        if overlap || wraps {
+            return Err(NotAnImage::Malformed {
+                format: format.as_str(),
+                at: 0,
+                why: "two ranges overlap",
+            });
+        }
+        Ok(Image { bytes, format, runs })
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// What is in the image: first address and number of bytes of each stretch, rising, neighbours joined.
+    pub fn ranges(&self) -> Vec<(u64, u64)> {
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for run in &self.runs {
+            match ranges.last_mut() {
+                Some((start, size)) if start.saturating_add(*size) == run.start => *size += run.size,
+                _ => ranges.push((run.start, run.size)),
+            }
+        }
+        ranges
+    }
+
+    /// Fills `buffer` from the physical address `address`; says how many bytes are in the image, the rest is zero. The
+    /// error is that of the file, or of its compression.
+    pub fn read(&self, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let end = address.saturating_add(buffer.len() as u64);
+        let first = self
+            .runs
+            .partition_point(|run| run.start.saturating_add(run.size) <= address);
+        let mut at = address;
+        let mut found = 0;
+        for run in self.runs.get(first..).unwrap_or_default() {
+            if run.start >= end {
+                break;
+            }
+            let (from, to) = (run.start.max(address), (run.start + run.size).min(end));
+            part(buffer, at - address, from - address)?.fill(0);
+            let into = part(buffer, from - address, to - address)?;
+            match &run.content {
+                Content::Plain(offset) => self
+                    .bytes
+                    .read_at(offset.saturating_add(from - run.start), into)?,
+                Content::Snappy(chunk) => chunk.read(self.bytes, from - run.start, into)?,
+            }
+            found += into.len();
+            at = to;
+        }
+        part(buffer, at - address, end - address)?.fill(0);
+        Ok(found)
+    }
+}
+
+fn part(buffer: &mut [u8], from: u64, to: u64) -> io::Result<&mut [u8]> {
+    let index = |n: u64| usize::try_from(n).map_err(io::Error::other);
+    buffer
+        .get_mut(index(from)?..index(to)?)
+        .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}

@@ -1,0 +1,524 @@
+//! The steps of a capture that stream memory, and what is stored beside it.
+
+use super::{Failure, MemoryOrder, Progress, Request, Session, What};
+use crate::{
+    cancel::Cancel,
+    collect::describe,
+    memory::{
+        Sizes, Source, companions, image,
+        kcore::{Kcore, Unavailable},
+        lime::{Lime, Module},
+        process::Process,
+        ranges,
+        stream::{self, Limits, Told},
+    },
+    plan::Step,
+    worker,
+};
+use jiff::Timestamp;
+use sha2::{Digest as _, Sha256};
+use std::{
+    fs,
+    io::{self, Read as _},
+    time::{Duration, Instant},
+};
+use stillframe_evidence::{
+    chain::{Problem, RangeAccount, Status},
+    frames::Framer,
+    image::Image,
+    layout::{Artifact, Kind},
+    records::{
+        Data, Record,
+        memory::{Companion, Gap, MemoryGap, MemorySource, SecretMapping},
+    },
+    root::Hash,
+    segments::FramePacker,
+    text::{Text, write_json},
+};
+
+/// Runs of pages that get a record of their own; further ones are in the sums of their range.
+const MAX_GAPS: usize = 100_000;
+/// What has been stored is acknowledged in the chain this often: a killed agent loses no more than that.
+const ACKNOWLEDGED: Duration = Duration::from_secs(1);
+/// Plaintext of a frame of a companion.
+const FRAME: usize = 256 << 10;
+/// Stored bytes after which a segment of a companion is put.
+const SEGMENT: usize = 1 << 20;
+
+/// How a memory step ended.
+pub struct End {
+    /// As any step.
+    pub how: worker::End,
+    /// What was made of each range.
+    pub ranges: Vec<RangeAccount>,
+}
+
+impl End {
+    fn new(status: Status, reason: Option<String>) -> Self {
+        End {
+            how: worker::End {
+                status,
+                reason,
+                problems: Vec::new(),
+                notes: Vec::new(),
+            },
+            ranges: Vec::new(),
+        }
+    }
+
+    /// Not begun.
+    pub fn skipped(why: String) -> Self {
+        End::new(Status::Skipped, Some(why))
+    }
+
+    fn failed(why: String) -> Self {
+        End::new(Status::Failed, Some(why))
+    }
+
+    fn problem(
+        &mut self,
+        what: &str,
+        source: impl AsRef<[u8]>,
+        errno: Option<i32>,
+        error: String,
+        count: u64,
+    ) {
+        self.how.problems.push(Problem {
+            what: what.to_owned(),
+            source: Text(source.as_ref().to_vec()),
+            errno,
+            error,
+            count,
+        });
+        if self.how.status == Status::Complete {
+            self.how.status = Status::Partial;
+        }
+    }
+
+    /// Takes in what a stream came to.
+    fn streamed(&mut self, summary: stream::Summary) {
+        if let Some(why) = summary.ended {
+            self.how.status = match (summary.late, summary.bytes) {
+                (true, _) => Status::TimedOut,
+                (false, 0) => Status::Failed,
+                (false, _) => Status::Partial,
+            };
+            self.how.reason.get_or_insert(why);
+        }
+        let unreadable: u64 = summary
+            .ranges
+            .iter()
+            .map(|r| r.unreadable)
+            .fold(0, u64::saturating_add);
+        if unreadable > 0 {
+            let error = format!("{unreadable} bytes could not be read; zeros stand in their place");
+            self.problem("memory", "memory", None, error, 1);
+        }
+        self.ranges.extend(summary.ranges);
+    }
+}
+
+impl Session<'_> {
+    /// A record of the step under way.
+    fn datum(&mut self, source: &str, data: Data) -> Result<(), Failure> {
+        let record = Record {
+            source: Text::from(source),
+            read_at: Timestamp::now(),
+            errors: Vec::new(),
+            data,
+        };
+        let mut line = Vec::new();
+        write_json(&record, &mut line)?;
+        self.record(&line)
+    }
+
+    /// Stores what is needed to read the image.
+    pub(super) fn companions(&mut self, request: &Request) -> Result<End, Failure> {
+        let mut end = End::new(Status::Complete, None);
+        let kcore = Kcore::open(&request.root).ok();
+        for companion in companions::all(&request.root, kcore.as_ref()) {
+            match companion {
+                Ok(found) => self.companion(found, &mut end)?,
+                // Not every kernel has every one of them.
+                Err(missing) if missing.error.kind() == io::ErrorKind::NotFound => {
+                    let source = missing.source.display();
+                    end.how.notes.push(format!("no {} ({source})", missing.name));
+                }
+                Err(missing) => {
+                    let source = missing.source.as_os_str().as_encoded_bytes();
+                    end.problem(
+                        missing.name,
+                        source,
+                        missing.error.raw_os_error(),
+                        describe(&missing.error),
+                        1,
+                    );
+                }
+            }
+        }
+        Ok(end)
+    }
+
+    fn companion(&mut self, mut found: companions::Found, end: &mut End) -> Result<(), Failure> {
+        let artifact = Artifact::Memory(found.name.parse()?);
+        let system = |error: io::Error| Failure::System {
+            what: "no compressor",
+            why: error.to_string(),
+        };
+        let mut packer = FramePacker::new(artifact.clone());
+        let mut framer = Framer::new(super::LEVEL).map_err(system)?;
+        let mut plain = Vec::with_capacity(FRAME);
+        let mut stored = Vec::new();
+        let (mut sha256, mut bytes) = (Sha256::new(), 0u64);
+        let mut hidden = found.name == "kallsyms";
+        loop {
+            plain.clear();
+            let read_at = Timestamp::now();
+            if let Err(error) = found.bytes.by_ref().take(FRAME as u64).read_to_end(&mut plain) {
+                let source = found.source.as_os_str().as_encoded_bytes();
+                end.problem(found.name, source, error.raw_os_error(), describe(&error), 1);
+                if plain.is_empty() {
+                    break;
+                }
+            }
+            if plain.is_empty() {
+                break;
+            }
+            if hidden
+                && plain
+                    .split(|b| *b == b'\n')
+                    .any(|line| line.first().is_some_and(|b| *b != b'0'))
+            {
+                hidden = false;
+            }
+            sha256.update(&plain);
+            bytes += plain.len() as u64;
+            stored.clear();
+            let frame = framer.frame(&plain, read_at, &mut stored).map_err(system)?;
+            packer.append(frame, &stored).map_err(system)?;
+            if packer.stored() >= SEGMENT {
+                self.send_memory(packer.segment())?;
+            }
+        }
+        self.send_memory(packer.segment())?;
+        if hidden && bytes > 0 {
+            end.how
+                .notes
+                .push("kallsyms has no addresses (kernel.kptr_restrict); the image has them".to_owned());
+        }
+        if bytes > 0 {
+            let companion = Companion {
+                artifact,
+                bytes,
+                sha256: Hash(sha256.finalize().into()),
+            };
+            self.datum(
+                &found.source.to_string_lossy(),
+                Data::Companion(Box::new(companion)),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Puts a segment of memory; few are in flight at once, since each is megabytes.
+    fn send_memory(&mut self, packed: Option<stillframe_evidence::segments::Packed>) -> Result<(), Failure> {
+        let Some(packed) = packed else { return Ok(()) };
+        while self.put.in_flight > 1 && self.broken.is_none() {
+            self.settle(true);
+        }
+        self.report()?;
+        self.send(packed);
+        Ok(())
+    }
+
+    /// Streams physical memory, of this host or of an image.
+    pub(super) fn memory(&mut self, request: &Request, step: &Step, cancel: &Cancel) -> Result<End, Failure> {
+        let MemoryOrder { image, lime, .. } = &request.memory;
+        if let Some(path) = image {
+            return self.image(path, request, step, cancel);
+        }
+        let root = &request.root;
+        let own = std::process::id();
+        let secrets = crate::sys::secret_mappings(root);
+        for (pid, start, end) in &secrets {
+            let (pid, start, end) = (*pid, *start, *end);
+            let own = pid == own;
+            self.datum(
+                "/proc/PID/maps",
+                Data::SecretMapping(Box::new(SecretMapping { pid, start, end, own })),
+            )?;
+        }
+        let mut end = match lime {
+            Some((path, sha256)) => {
+                if let Some((pid, ..)) = secrets.iter().find(|(pid, ..)| *pid != own) {
+                    let why = format!(
+                        "process {pid} has memory in memfd_secret: LiME would crash the kernel at those pages, so it was not loaded"
+                    );
+                    return Ok(End::failed(why));
+                }
+                self.lime(path, *sha256, request, step, cancel)?
+            }
+            None => {
+                let kcore = match Kcore::open(root) {
+                    Ok(kcore) => kcore,
+                    Err(why @ (Unavailable::Absent | Unavailable::LockedDown)) => {
+                        return Ok(End::new(Status::Unsupported, Some(why.to_string())));
+                    }
+                    Err(why) => return Ok(End::failed(why.to_string())),
+                };
+                let sizes = Sizes::of(total(&kcore.expected()));
+                let addresses = format!("{:?}", kcore.addresses);
+                let source = kcore.in_segments_of(sizes.segment);
+                let about = MemorySource {
+                    method: "kcore".to_owned(),
+                    addresses: Some(addresses),
+                    ..MemorySource::default()
+                };
+                self.stream(&source, "image", about, sizes, request, step, cancel)?
+            }
+        };
+        end.how
+            .notes
+            .push(format!("the capture's key: {}", self.key_kept));
+        let others = secrets.iter().filter(|(pid, ..)| *pid != own).count();
+        if others > 0 {
+            end.how.notes.push(format!(
+                "{others} secret mappings of other processes read as zeros"
+            ));
+        }
+        Ok(end)
+    }
+
+    fn image(
+        &mut self,
+        path: &std::path::Path,
+        request: &Request,
+        step: &Step,
+        cancel: &Cancel,
+    ) -> Result<End, Failure> {
+        let file = match image::open(path) {
+            Ok(file) => file,
+            Err(why) => return Ok(End::failed(why)),
+        };
+        let image = match Image::open(&file) {
+            Ok(image) => image,
+            Err(why) => return Ok(End::failed(format!("--image {}: {why}", path.display()))),
+        };
+        let sizes = Sizes::of(total(&image.ranges()));
+        let about = MemorySource {
+            method: "image".to_owned(),
+            format: Some(image.format().as_str().to_owned()),
+            ..MemorySource::default()
+        };
+        let source = image::ImageFile::new(image, sizes.segment);
+        self.stream(&source, "image", about, sizes, request, step, cancel)
+    }
+
+    fn lime(
+        &mut self,
+        path: &std::path::Path,
+        sha256: Hash,
+        request: &Request,
+        step: &Step,
+        cancel: &Cancel,
+    ) -> Result<End, Failure> {
+        let release = fs::read_to_string(request.root.join("proc/sys/kernel/osrelease")).unwrap_or_default();
+        let module = match Module::check(path, sha256, release.trim()) {
+            Ok(module) => module,
+            Err(why) => return Ok(End::failed(why)),
+        };
+        let iomem = fs::read(request.root.join("proc/iomem")).unwrap_or_default();
+        let ram = ranges::system_ram(&String::from_utf8_lossy(&iomem));
+        let sizes = Sizes::of(total(&ram));
+        let source = match Lime::start(&module, ram, sizes.segment) {
+            Ok(source) => source,
+            Err(why) => return Ok(End::failed(why)),
+        };
+        let about = MemorySource {
+            method: "lime".to_owned(),
+            module_sha256: Some(module.sha256),
+            ..MemorySource::default()
+        };
+        let mut end = self.stream(&source, "image", about.clone(), sizes, request, step, cancel)?;
+        let removed = match source.finish() {
+            Ok(()) => "removed".to_owned(),
+            Err(why) => {
+                let error = format!("the module lime is still loaded: {why}; `rmmod lime` removes it");
+                end.problem("module", "lime", None, error.clone(), 1);
+                error
+            }
+        };
+        let about = MemorySource {
+            module_removed: Some(removed),
+            ..about
+        };
+        self.datum("delete_module", Data::MemorySource(Box::new(about)))?;
+        Ok(end)
+    }
+
+    /// Streams the memory of the processes that were named.
+    pub(super) fn process_memory(
+        &mut self,
+        request: &Request,
+        step: &Step,
+        cancel: &Cancel,
+    ) -> Result<End, Failure> {
+        let mut end = End::new(Status::Complete, None);
+        for pid in &request.memory.pids {
+            let place = format!("/proc/{pid}/mem");
+            let process = match Process::open(&request.root, *pid, 16 << 20) {
+                Ok(process) if *pid != std::process::id() => process,
+                Ok(_) => {
+                    end.problem("process", &place, None, "this is the agent itself".to_owned(), 1);
+                    continue;
+                }
+                Err(why) => {
+                    end.problem("process", &place, None, why, 1);
+                    continue;
+                }
+            };
+            let sizes = Sizes::of(process.size());
+            for region in &process.regions {
+                self.datum(
+                    &format!("/proc/{pid}/smaps"),
+                    Data::Region(Box::new(region.clone())),
+                )?;
+            }
+            for gap in &process.left_out {
+                self.datum(&place, Data::MemoryGap(Box::new(gap.clone())))?;
+            }
+            let about = MemorySource {
+                method: "process".to_owned(),
+                pid: Some(*pid),
+                ..MemorySource::default()
+            };
+            let one = self.stream(
+                &process,
+                &format!("process-{pid}"),
+                about,
+                sizes,
+                request,
+                step,
+                cancel,
+            )?;
+            end.ranges.extend(one.ranges);
+            end.how.problems.extend(one.how.problems);
+            if one.how.status != Status::Complete {
+                end.how.status = one.how.status;
+                end.how.reason = one.how.reason.map(|why| format!("process {pid}: {why}"));
+            }
+        }
+        Ok(end)
+    }
+
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "each is a different thing, and all are there only here"
+    )]
+    fn stream(
+        &mut self,
+        source: &dyn Source,
+        name: &str,
+        about: MemorySource,
+        sizes: Sizes,
+        request: &Request,
+        step: &Step,
+        cancel: &Cancel,
+    ) -> Result<End, Failure> {
+        let artifact = Artifact::Memory(name.parse()?);
+        let threads = usize::from(request.cpus).max(1);
+        let place = about.method.clone();
+        let about = MemorySource {
+            artifact: Some(artifact.clone()),
+            frame: sizes.frame as u64,
+            segment: sizes.segment,
+            threads: threads as u64,
+            ..about
+        };
+        self.datum(&place, Data::MemorySource(Box::new(about)))?;
+        let limits = Limits {
+            threads,
+            frame: sizes.frame,
+            rate: request.memory.rate,
+            until: Instant::now() + step.deadline,
+        };
+        let kind: Kind = step.kind.parse()?;
+        let expected = total(&source.expected());
+        let key = self.key.clone();
+        let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
+        let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
+        let summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
+            Told::Segment(packed) => self.send_memory(Some(packed)),
+            Told::Packed(done, found) => {
+                for gap in found {
+                    match gaps.len() < MAX_GAPS {
+                        true => crate::memory::join(&mut gaps, gap.clone()),
+                        false => untold += 1,
+                    }
+                }
+                if let Some(current) = &mut self.current {
+                    current.outcome.bytes = before.saturating_add(done);
+                }
+                self.settle(false);
+                self.report()?;
+                self.progress(&kind, done, expected)
+            }
+        })?;
+        for gap in gaps {
+            self.datum(&place, Data::MemoryGap(Box::new(gap)))?;
+        }
+        for buffer in &summary.buffers {
+            if self.footprint.buffers.len() < 256 {
+                self.footprint.buffers.push(*buffer);
+            }
+        }
+        let missing = summary.ranges.iter().filter(|r| r.missing > 0);
+        for range in missing.take(1024) {
+            let gap = MemoryGap {
+                start: range.end.saturating_sub(range.missing - 1),
+                end: range.end,
+                gap: Gap::Missing,
+                why: summary
+                    .ended
+                    .clone()
+                    .unwrap_or_else(|| "the source did not have it".to_owned()),
+            };
+            self.datum(&place, Data::MemoryGap(Box::new(gap)))?;
+        }
+        let mut end = End::new(Status::Complete, None);
+        let missing: u64 = summary
+            .ranges
+            .iter()
+            .map(|r| r.missing)
+            .fold(0, u64::saturating_add);
+        let ended = summary.ended.is_some();
+        end.streamed(summary);
+        if missing > 0 && !ended {
+            let error = format!("{missing} bytes that were expected did not come");
+            end.problem("memory", &place, None, error, 1);
+        }
+        if untold > 0 {
+            end.how.notes.push(format!(
+                "{untold} further gaps are in the sums of their ranges only"
+            ));
+        }
+        Ok(end)
+    }
+
+    /// Acknowledges in the chain what the store has, from time to time.
+    fn progress(&mut self, kind: &Kind, done: u64, expected: u64) -> Result<(), Failure> {
+        if self.acknowledged.is_empty() || self.told_at.elapsed() < ACKNOWLEDGED {
+            return Ok(());
+        }
+        // Outcomes come in the plan's order: one whose segments are still under way goes first.
+        if !self.waiting.is_empty() {
+            return Ok(());
+        }
+        let kind = kind.clone();
+        self.event(What::Progress(Progress { kind, done, expected }))
+    }
+}
+
+fn total(ranges: &[(u64, u64)]) -> u64 {
+    ranges.iter().fold(0, |sum, (_, size)| sum.saturating_add(*size))
+}

@@ -1,0 +1,85 @@
+//! An image that somebody else took (LiME, AVML, ELF core, raw): brought into a capture with the same frames, hashes and chain.
+
+use super::{Cutter, Piece, Source, part};
+use crate::collect::describe;
+use jiff::Timestamp;
+use std::{
+    fs::File,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
+use stillframe_evidence::{
+    image::{Image, lime},
+    records::memory::{Gap, MemoryGap},
+};
+
+/// Opens the file; the error is one line.
+pub fn open(path: &Path) -> Result<File, String> {
+    let wrong = |why: String| format!("--image {}: {why}", path.display());
+    let metadata = std::fs::metadata(path).map_err(|error| wrong(describe(&error)))?;
+    if metadata.is_dir() {
+        return Err(wrong("is a directory".to_owned()));
+    }
+    File::open(path).map_err(|error| wrong(describe(&error)))
+}
+
+/// The image as a source.
+pub struct ImageFile<'a> {
+    image: Image<'a>,
+    expected: Vec<(u64, u64)>,
+    cutter: Mutex<Cutter>,
+}
+
+impl<'a> ImageFile<'a> {
+    /// Of an open image, in segments of this size.
+    pub fn new(image: Image<'a>, segment: u64) -> Self {
+        let expected = image.ranges();
+        ImageFile {
+            image,
+            cutter: Mutex::new(Cutter::new(&expected, segment)),
+            expected,
+        }
+    }
+}
+
+impl Source for ImageFile<'_> {
+    fn expected(&self) -> Vec<(u64, u64)> {
+        self.expected.clone()
+    }
+
+    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
+        let cut = self
+            .cutter
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .next(buffer.len() as u64);
+        let Some(cut) = cut else { return Ok(None) };
+        let read_at = Timestamp::now();
+        let piece = part(buffer, 0, cut.size);
+        let size = piece.len();
+        let gaps = match self.image.read(cut.address, piece) {
+            Ok(_) => Vec::new(),
+            Err(error) => {
+                piece.fill(0);
+                vec![MemoryGap {
+                    start: cut.address,
+                    end: cut.address.saturating_add(cut.size - 1),
+                    gap: Gap::Unreadable,
+                    why: describe(&error),
+                }]
+            }
+        };
+        Ok(Some(Piece {
+            sequence: cut.sequence,
+            starts_segment: cut.segment.is_some(),
+            head: cut
+                .segment
+                .map(|(start, end)| lime::header(start, end).to_vec())
+                .unwrap_or_default(),
+            address: cut.address,
+            size,
+            read_at,
+            gaps,
+        }))
+    }
+}

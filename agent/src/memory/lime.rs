@@ -1,0 +1,353 @@
+//! LiME (1.9.1): a kernel module that the orderer brought for exactly this kernel, for kernels without `/proc/kcore`. It is never
+//! compiled here. It writes to a TCP port of the loopback while it loads, so it is loaded by a process of its own, the
+//! guardian, which also removes it when this process dies.
+//!
+//! Two things that LiME does unless told not to: it gives up a page that nobody reads for a second and writes zeros from there
+//! on (`timeout=0`), and it listens on every address (`localhostonly=1`).
+
+use super::{Cutter, Piece, Source, part};
+use crate::collect::describe;
+use goblin::elf::Elf;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use std::{
+    fs::File,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use stillframe_evidence::{image::lime, root::Hash, text::printable};
+
+/// A module that is larger is not LiME.
+const MAX_MODULE: u64 = 16 << 20;
+/// LiME waits for its reader from the moment that it is loaded.
+const TO_LISTEN: Duration = Duration::from_secs(10);
+/// Longest silence of the kernel's side before the rest is given up.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// The module, checked.
+pub struct Module {
+    path: PathBuf,
+    /// Its SHA-256.
+    pub sha256: Hash,
+}
+
+impl Module {
+    /// Reads and checks it: the hash that the orderer named, and that it was built for the running kernel. The error is one
+    /// line.
+    pub fn check(path: &Path, expected: Hash, release: &str) -> Result<Self, String> {
+        let wrong = |why: String| format!("--lime-module {}: {why}", path.display());
+        let file = File::open(path).map_err(|error| wrong(describe(&error)))?;
+        let mut bytes = Vec::new();
+        file.take(MAX_MODULE + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| wrong(describe(&error)))?;
+        if bytes.len() as u64 > MAX_MODULE {
+            return Err(wrong(format!("more than {} MiB", MAX_MODULE >> 20)));
+        }
+        let sha256 = Hash(Sha256::digest(&bytes).into());
+        if sha256 != expected {
+            return Err(wrong(format!(
+                "its SHA-256 is {sha256}, not the one that was ordered"
+            )));
+        }
+        let info = modinfo(&bytes).map_err(wrong)?;
+        let value = |key: &str| {
+            info.iter()
+                .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+        };
+        if value("name") != Some("lime") {
+            return Err(wrong("it is not the module lime".to_owned()));
+        }
+        let vermagic = value("vermagic").unwrap_or_default();
+        let built_for = vermagic.split(' ').next().unwrap_or_default();
+        if built_for != release {
+            let why = format!(
+                "built for kernel {}, and this is {}; build it from LiME's source against the headers of this kernel, elsewhere",
+                printable(built_for.as_bytes()),
+                printable(release.as_bytes())
+            );
+            return Err(wrong(why));
+        }
+        Ok(Module {
+            path: path.to_owned(),
+            sha256,
+        })
+    }
+}
+
+/// The strings of `.modinfo`.
+fn modinfo(bytes: &[u8]) -> Result<Vec<String>, String> {
+    let elf = Elf::parse(bytes)
+        .map_err(|error| format!("not a kernel module: {}", printable(error.to_string().as_bytes())))?;
+    let section = elf
+        .section_headers
+        .iter()
+        .find(|s| elf.shdr_strtab.get_at(s.sh_name) == Some(".modinfo"))
+        .ok_or("not a kernel module: it has no .modinfo")?;
+    let range = section
+        .file_range()
+        .and_then(|range| bytes.get(range))
+        .ok_or("its .modinfo is cut off")?;
+    let lines = range.split(|b| *b == 0).filter(|line| !line.is_empty());
+    Ok(lines
+        .map(|line| String::from_utf8_lossy(line).into_owned())
+        .collect())
+}
+
+/// What the guardian says, a line of JSON each.
+#[derive(Debug, Serialize, Deserialize)]
+enum Said {
+    /// finit_module came back.
+    Loaded(Result<(), String>),
+    /// The module is gone, or why not.
+    Removed(Result<(), String>),
+}
+
+/// What the guardian is told; one line of JSON on its standard input, which then stays open as long as its parent lives.
+#[derive(Debug, Serialize, Deserialize)]
+struct Job {
+    module: PathBuf,
+    sha256: Hash,
+    port: u16,
+}
+
+/// The guardian's whole life.
+pub fn guard() -> io::Result<()> {
+    crate::sys::stand_alone();
+    let mut input = BufReader::new(io::stdin());
+    let mut line = String::new();
+    input.read_line(&mut line)?;
+    let job: Job = serde_json::from_str(&line)?;
+    let file = File::open(&job.module)?;
+    let mut bytes = Vec::new();
+    (&file).take(MAX_MODULE + 1).read_to_end(&mut bytes)?;
+    if Hash(Sha256::digest(&bytes).into()) != job.sha256 {
+        return Err(io::Error::other("the module was changed"));
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    let parameters = format!("path=tcp:{} format=lime timeout=0 localhostonly=1", job.port);
+    std::thread::spawn(move || {
+        let _ = tell.send(Err(crate::sys::this_thread()));
+        let _ = tell.send(Ok(crate::sys::load_module(&file, &parameters)));
+    });
+    let orphaned = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flag = orphaned.clone();
+    std::thread::spawn(move || {
+        let mut rest = Vec::new();
+        let _ = input.read_to_end(&mut rest);
+        flag.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let mut loader = None;
+    let loaded = loop {
+        match told.recv_timeout(Duration::from_millis(200)) {
+            Ok(Err(thread)) => loader = Some(thread),
+            Ok(Ok(result)) => break result,
+            Err(_) if orphaned.load(std::sync::atomic::Ordering::Relaxed) => {
+                // Nobody reads any more: what the module waits for in the kernel is ended.
+                if let Some(thread) = loader {
+                    crate::sys::interrupt(thread);
+                }
+            }
+            Err(_) => (),
+        }
+    };
+    say(&Said::Loaded(loaded.map_err(|e| describe(&e))));
+    let until = Instant::now() + Duration::from_secs(10);
+    let removed = loop {
+        match crate::sys::remove_module("lime") {
+            // ENOENT: it is not there, because loading failed or somebody else removed it.
+            Err(error) if error.raw_os_error() == Some(2) => break Ok(()),
+            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+            result => break result,
+        }
+    };
+    say(&Said::Removed(removed.map_err(|e| describe(&e))));
+    Ok(())
+}
+
+fn say(said: &Said) {
+    let line = serde_json::to_string(said).unwrap_or_default();
+    // The parent may be gone; the work is done all the same.
+    let _ = writeln!(io::stdout(), "{line}");
+}
+
+/// LiME's stream as a source.
+pub struct Lime {
+    expected: Vec<(u64, u64)>,
+    segment: u64,
+    stream: Mutex<Stream>,
+    guardian: Mutex<Guardian>,
+}
+
+struct Guardian {
+    child: Child,
+    /// While it is open, the guardian knows that this process lives.
+    _alive: ChildStdin,
+    said: BufReader<std::process::ChildStdout>,
+}
+
+struct Stream {
+    socket: TcpStream,
+    cutter: Option<Cutter>,
+    sequence: u64,
+    read: u64,
+}
+
+impl Lime {
+    /// Loads the module through a guardian and connects. `expected` is what `/proc/iomem` lists as RAM.
+    pub fn start(module: &Module, expected: Vec<(u64, u64)>, segment: u64) -> Result<Self, String> {
+        let wrong = |what: &str, error: &io::Error| format!("LiME: {what}: {}", describe(error));
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr());
+        let port = free.map_err(|e| wrong("no port on the loopback", &e))?.port();
+        let mut child = crate::sys::own_program()
+            .and_then(|program| {
+                Command::new(program)
+                    .arg("lime-guardian")
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::null())
+                    .spawn()
+            })
+            .map_err(|e| wrong("no guardian", &e))?;
+        let (Some(mut alive), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err("LiME: no guardian".to_owned());
+        };
+        let job = Job {
+            module: module.path.clone(),
+            sha256: module.sha256,
+            port,
+        };
+        let line = serde_json::to_string(&job).unwrap_or_default();
+        writeln!(alive, "{line}").map_err(|e| wrong("no guardian", &e))?;
+        let mut guardian = Guardian {
+            child,
+            _alive: alive,
+            said: BufReader::new(output),
+        };
+        let until = Instant::now() + TO_LISTEN;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let socket = loop {
+            match TcpStream::connect_timeout(&address, Duration::from_secs(1)) {
+                Ok(socket) => break socket,
+                Err(_) if Instant::now() < until && guardian.child.try_wait().is_ok_and(|s| s.is_none()) => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => {
+                    drop(guardian._alive);
+                    let mut line = String::new();
+                    let why = match guardian
+                        .said
+                        .read_line(&mut line)
+                        .ok()
+                        .and_then(|_| serde_json::from_str(&line).ok())
+                    {
+                        Some(Said::Loaded(Err(why))) => why,
+                        _ => describe(&error),
+                    };
+                    let _ = guardian.child.wait();
+                    return Err(format!(
+                        "the LiME module could not be loaded: {}",
+                        printable(why.as_bytes())
+                    ));
+                }
+            }
+        };
+        socket
+            .set_read_timeout(Some(SILENCE))
+            .map_err(|e| wrong("the connection", &e))?;
+        Ok(Lime {
+            expected,
+            segment,
+            stream: Mutex::new(Stream {
+                socket,
+                cutter: None,
+                sequence: 0,
+                read: 0,
+            }),
+            guardian: Mutex::new(guardian),
+        })
+    }
+
+    /// Ends the connection, waits for the guardian, and says what became of the module.
+    pub fn finish(self) -> Result<(), String> {
+        let stream = self.stream.into_inner().unwrap_or_else(PoisonError::into_inner);
+        drop(stream);
+        let mut guardian = self.guardian.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut removed = Err("its guardian ended without a word".to_owned());
+        let mut lines = guardian.said.lines();
+        while let Some(Ok(line)) = lines.next() {
+            if let Ok(Said::Removed(result)) = serde_json::from_str(&line) {
+                removed = result;
+            }
+        }
+        let _ = guardian.child.wait();
+        removed
+    }
+}
+
+impl Stream {
+    /// The piece under way, or the first of the next range.
+    fn cut(&mut self, most: u64, segment: u64) -> Result<Option<super::Cut>, String> {
+        loop {
+            if let Some(cut) = self.cutter.as_mut().and_then(|cutter| cutter.next(most)) {
+                return Ok(Some(cut));
+            }
+            let mut header = [0; lime::HEADER];
+            let mut filled = 0;
+            while filled < header.len() {
+                match self.socket.read(header.get_mut(filled..).unwrap_or_default()) {
+                    Ok(0) if filled == 0 => return Ok(None),
+                    Ok(0) => return Err("LiME ended within the header of a range".to_owned()),
+                    Ok(n) => filled += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+                    Err(error) => return Err(format!("LiME: {}", describe(&error))),
+                }
+            }
+            let (start, end) = lime::parse(&header).ok_or("LiME sent what is no header of a range")?;
+            self.cutter = Some(Cutter::new(&[(start, end - start + 1)], segment));
+        }
+    }
+}
+
+impl Source for Lime {
+    fn expected(&self) -> Vec<(u64, u64)> {
+        self.expected.clone()
+    }
+
+    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(cut) = stream.cut(buffer.len() as u64, self.segment)? else {
+            return Ok(None);
+        };
+        let read_at = Timestamp::now();
+        let piece = part(buffer, 0, cut.size);
+        stream
+            .socket
+            .read_exact(piece)
+            .map_err(|error| format!("LiME ended at {:#x}: {}", cut.address, describe(&error)))?;
+        stream.read = stream.read.saturating_add(cut.size);
+        let sequence = stream.sequence;
+        stream.sequence += 1;
+        Ok(Some(Piece {
+            sequence,
+            starts_segment: cut.segment.is_some(),
+            head: cut
+                .segment
+                .map(|(start, end)| lime::header(start, end).to_vec())
+                .unwrap_or_default(),
+            address: cut.address,
+            size: piece.len(),
+            read_at,
+            gaps: Vec::new(),
+        }))
+    }
+
+    fn is_this_host(&self) -> bool {
+        true
+    }
+}

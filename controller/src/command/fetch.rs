@@ -1,0 +1,628 @@
+//! `stillframe fetch`: what a capture has of memory, on disk and ready to be analysed: the image, its symbols, what Volatility lacks,
+//! and the command line. Every frame is checked against the signed chain on the way; what is damaged is left out and told.
+
+use super::{Which, symbols};
+use crate::{
+    stored::{Store, Stored},
+    ui::{Ui, bytes},
+};
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::ValueEnum;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Seek as _, SeekFrom, Write as _},
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::sync_channel,
+    },
+    time::Instant,
+};
+use stillframe_evidence::{
+    chain::Chain,
+    frames::{MAX_SEGMENT, Segment},
+    image::{Image, elf, lime},
+    layout::Artifact,
+    root::{Hash, root},
+    segments::SegmentEntry,
+    text::printable,
+    verdict::Objects as _,
+};
+use stillframe_symbols::{Files, Kernel, btf::Types, la57};
+
+/// Its arguments.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    which: Which,
+    /// The directory to write to; made when it is missing
+    #[arg(long)]
+    to: PathBuf,
+    /// The format of the image
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Types for a kernel that carries none: the BTF of exactly its release
+    #[arg(long)]
+    btf: Option<PathBuf>,
+}
+
+/// What an image is written as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// LiME: Volatility
+    #[default]
+    Lime,
+    /// ELF core with the VMCOREINFO note: drgn, crash, Volatility
+    Elf,
+    /// Physical memory from address 0, with holes
+    Raw,
+}
+
+#[derive(Serialize, Default)]
+struct Done {
+    image: Option<PathBuf>,
+    bytes: u64,
+    sha256: Option<Hash>,
+    segments: usize,
+    damaged: Vec<String>,
+    holes: Vec<(u64, u64)>,
+    symbols: Option<PathBuf>,
+    no_symbols: Option<String>,
+    /// How what the image says of its kernel differs from what the agent read from that kernel; nothing when there was nothing
+    /// to compare with.
+    differences: Option<Vec<String>>,
+    plugins: Option<PathBuf>,
+    processes: Vec<PathBuf>,
+    companions: Vec<PathBuf>,
+    volatility: Option<String>,
+}
+
+/// Companions that are read into memory at most; the agent reads no more of one either.
+const MAX_COMPANION: u64 = 256 << 20;
+/// Bytes of notes of an ELF core: VMCOREINFO has a page at most.
+const NOTES: usize = 8 << 10;
+
+/// Writes it.
+pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
+    let began = Instant::now();
+    let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
+    let (chain, broken) = stored.chain()?;
+    let mut artifacts: BTreeMap<String, Vec<SegmentEntry>> = BTreeMap::new();
+    for entry in chain.segments() {
+        if let Artifact::Memory(name) = &entry.artifact {
+            artifacts.entry(name.to_string()).or_default().push(entry.clone());
+        }
+    }
+    if artifacts.is_empty() {
+        bail!(
+            "capture {} has no memory; its profile did not ask for it, or it could not be read: stillframe show",
+            stored.id
+        );
+    }
+    fs::create_dir_all(&args.to).with_context(|| args.to.display().to_string())?;
+    let mut done = Done::default();
+    let activity = ui.activity();
+    for (name, entries) in &artifacts {
+        let (path, into) = match name.as_str() {
+            "image" => continue,
+            name if name.starts_with("process-") => {
+                (args.to.join(format!("{name}.core")), &mut done.processes)
+            }
+            name => (args.to.join("companions").join(name), &mut done.companions),
+        };
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
+        }
+        activity.now(name);
+        let written = Written::new(&path, Layout::Stream, entries)?.all(&stored, entries)?;
+        done.damaged.extend(written.damaged);
+        into.push(path);
+    }
+    if let Some(entries) = artifacts.get("image") {
+        activity.now("image");
+        image(args, &stored, &chain, entries, &mut done)?;
+    }
+    drop(activity);
+    done.damaged.extend(broken);
+    let code = if done.damaged.is_empty()
+        && done.no_symbols.is_none()
+        && done.differences.as_ref().is_none_or(Vec::is_empty)
+    {
+        0
+    } else {
+        5
+    };
+    ui.print(&done, || text(&done, began));
+    Ok(code)
+}
+
+fn image(
+    args: &Args,
+    stored: &Stored,
+    chain: &Chain,
+    entries: &[SegmentEntry],
+    done: &mut Done,
+) -> Result<()> {
+    let (name, layout) = match args.format {
+        Format::Lime => ("image.lime", Layout::Stream),
+        Format::Elf => ("image.elf", Layout::Elf),
+        Format::Raw => ("image.raw", Layout::Raw),
+    };
+    let path = args.to.join(name);
+    let mut written = Written::new(&path, layout, entries)?.all(stored, entries)?;
+    let note = fs::read(args.to.join("companions/vmcoreinfo")).ok();
+    if layout == Layout::Elf {
+        written.head(note.as_deref())?;
+    }
+    let file = File::open(&path).with_context(|| path.display().to_string())?;
+    let found = Image::open(&file).map_err(anyhow::Error::from).and_then(|image| {
+        done.holes = holes(chain, &image);
+        Ok(Kernel::in_image(&image)?)
+    });
+    match found {
+        Ok(mut kernel) => {
+            if layout == Layout::Elf
+                && note.is_none()
+                && let Some(info) = &kernel.vmcoreinfo
+            {
+                written.head(Some(info.text()))?;
+            }
+            done.differences = differences(&args.to.join("companions"), &kernel);
+            if kernel.btf.is_none()
+                && let Some(path) = &args.btf
+            {
+                kernel.btf = Some(fs::read(path).with_context(|| path.display().to_string())?);
+            }
+            match kernel
+                .types()
+                .map_err(anyhow::Error::from)
+                .and_then(|types| table(&kernel, &types, &args.to))
+            {
+                Ok(path) => done.symbols = Some(path),
+                Err(error) => done.no_symbols = Some(format!("{error:#}")),
+            }
+            if kernel.five_levels() == Some(true) {
+                let plugins = args.to.join("plugins");
+                fs::create_dir_all(&plugins).with_context(|| plugins.display().to_string())?;
+                fs::write(plugins.join(la57::FILE), la57::PLUGIN)
+                    .with_context(|| plugins.display().to_string())?;
+                done.plugins = Some(plugins);
+            }
+        }
+        Err(error) => done.no_symbols = Some(format!("{error:#}")),
+    }
+    done.sha256 = Some(match written.sha256 {
+        Some(sha256) => sha256,
+        None => hash(&path)?,
+    });
+    done.bytes = file.metadata().map_or(0, |m| m.len());
+    done.segments = written.segments;
+    done.damaged.append(&mut written.damaged);
+    let plugins = done
+        .plugins
+        .as_ref()
+        .map_or(String::new(), |p| format!(" -p {}", quoted(p)));
+    if done.symbols.is_some() {
+        done.volatility = Some(format!(
+            "vol --offline{plugins} -s {} -f {} linux.pslist",
+            quoted(&args.to.join("symbols")),
+            quoted(&path)
+        ));
+    }
+    done.image = Some(path);
+    Ok(())
+}
+
+/// The table, under a name that says which kernel it is for and that no other kernel has: Volatility remembers tables by name.
+fn table(kernel: &Kernel, types: &Types, to: &Path) -> Result<PathBuf> {
+    let folder = to.join("symbols").join("linux");
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let safe: String = kernel
+        .release()
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || ".-+_".contains(*c))
+        .take(100)
+        .collect();
+    let banner = Hash::of(&kernel.banner).to_string();
+    let path = folder.join(format!("{safe}-{}.json.xz", banner.get(..12).unwrap_or_default()));
+    symbols::write(kernel, types, &path)?;
+    Ok(path)
+}
+
+/// Addresses that the chain expected and the image does not have.
+fn holes(chain: &Chain, image: &Image) -> Vec<(u64, u64)> {
+    let outcome = chain.outcomes().find(|o| o.kind.as_str() == "memory");
+    let mut holes = Vec::new();
+    let have = image.ranges();
+    for range in outcome.iter().flat_map(|o| &o.ranges) {
+        let mut at = range.start;
+        for (start, size) in &have {
+            let end = start.saturating_add(*size);
+            if end <= at || *start > range.end {
+                continue;
+            }
+            if *start > at {
+                holes.push((at, start - 1));
+            }
+            at = end;
+        }
+        if at <= range.end {
+            holes.push((at, range.end));
+        }
+    }
+    holes
+}
+
+/// What the agent read from the running kernel, against what the image has of it.
+fn differences(companions: &Path, kernel: &Kernel) -> Option<Vec<String>> {
+    let read = |name: &str| {
+        let path = companions.join(name);
+        let small = fs::metadata(&path).is_ok_and(|m| m.len() <= MAX_COMPANION);
+        if small { fs::read(path).ok() } else { None }
+    };
+    let (kallsyms, version) = (read("kallsyms")?, read("version")?);
+    let (btf, vmcoreinfo) = (read("btf"), read("vmcoreinfo"));
+    let files = Files {
+        btf: btf.as_deref(),
+        kallsyms: &kallsyms,
+        vmcoreinfo: vmcoreinfo.as_deref(),
+        version: &version,
+    };
+    let mut found = Vec::new();
+    match Kernel::from_files(&files) {
+        Ok(other) => {
+            if other.banner != kernel.banner {
+                found.push(format!(
+                    "the banner was {}",
+                    printable(other.banner.trim_ascii_end())
+                ));
+            }
+            if other.symbols != kernel.symbols {
+                let ours: BTreeMap<_, _> = kernel
+                    .symbols
+                    .iter()
+                    .map(|s| ((&s.name, s.kind), s.address))
+                    .collect();
+                let theirs: BTreeMap<_, _> = other
+                    .symbols
+                    .iter()
+                    .map(|s| ((&s.name, s.kind), s.address))
+                    .collect();
+                let differ = theirs
+                    .iter()
+                    .filter(|(key, address)| ours.get(*key) != Some(*address))
+                    .count();
+                found.push(format!(
+                    "kallsyms: {} symbols in the image, {} in the running kernel, {differ} of those elsewhere or absent",
+                    kernel.symbols.len(),
+                    other.symbols.len()
+                ));
+            }
+            if let (Some(a), Some(b)) = (&other.vmcoreinfo, &kernel.vmcoreinfo)
+                && a != b
+            {
+                found.push("VMCOREINFO is another".to_owned());
+            }
+        }
+        // Hidden by kernel.kptr_restrict: names are left to compare.
+        Err(_) => {
+            let theirs = stillframe_symbols::kallsyms::parse(&kallsyms);
+            let names =
+                |list: &[stillframe_symbols::Symbol]| list.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
+            if names(&theirs) != names(&kernel.symbols) {
+                found.push("kallsyms: the running kernel named other symbols than the image has".to_owned());
+            }
+        }
+    }
+    if let (Some(theirs), Some(ours)) = (&btf, &kernel.btf)
+        && theirs != ours
+    {
+        found.push("the types (BTF) of the running kernel are others than those in the image".to_owned());
+    }
+    Some(found)
+}
+
+fn text(done: &Done, began: Instant) -> String {
+    let mut lines = Vec::new();
+    let mut line =
+        |what: &str, text: String| lines.push(format!("{what:<16}  {}", printable(text.as_bytes())));
+    if let (Some(path), Some(sha256)) = (&done.image, done.sha256) {
+        let took = began.elapsed().as_secs_f64();
+        line(
+            "image",
+            format!(
+                "{}   {} of {} segments   {took:.1} s",
+                path.display(),
+                bytes(done.bytes),
+                done.segments
+            ),
+        );
+        line("SHA-256", sha256.to_string());
+    }
+    for (start, end) in &done.holes {
+        line("hole", format!("{start:#x}-{end:#x} is not in the image"));
+    }
+    for path in &done.processes {
+        line("process", path.display().to_string());
+    }
+    if let Some(path) = &done.symbols {
+        line("symbols", format!("{}, from the image itself", path.display()));
+    }
+    if let Some(why) = &done.no_symbols {
+        line("no symbols", why.clone());
+    }
+    match &done.differences {
+        Some(list) if list.is_empty() => line(
+            "compared",
+            "kallsyms, types and banner are those that the agent read from the running kernel".to_owned(),
+        ),
+        Some(list) => list.iter().for_each(|why| line("DIFFERS", why.clone())),
+        None => (),
+    }
+    if let Some(path) = &done.plugins {
+        line("paging", format!("5 levels: {}", path.join(la57::FILE).display()));
+    }
+    for why in &done.damaged {
+        line("damaged", why.clone());
+    }
+    if let Some(command) = &done.volatility {
+        line("next", command.clone());
+    }
+    lines.join("\n")
+}
+
+/// A path as a shell takes it.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    match text
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || "/._-+=:@".contains(c))
+        && !text.is_empty()
+    {
+        true => text,
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+fn hash(path: &Path) -> Result<Hash> {
+    let mut sha256 = Sha256::new();
+    let mut file = File::open(path)?;
+    std::io::copy(&mut file, &mut Digesting(&mut sha256)).with_context(|| path.display().to_string())?;
+    Ok(Hash(sha256.finalize().into()))
+}
+
+struct Digesting<'a>(&'a mut Sha256);
+
+impl std::io::Write for Digesting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Where the plaintext of segments goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// One after another, as they are.
+    Stream,
+    /// Without the header of each range, one after another behind the head of an ELF core.
+    Elf,
+    /// Each at its physical address.
+    Raw,
+}
+
+/// A file that is being written.
+struct Written {
+    path: PathBuf,
+    file: File,
+    layout: Layout,
+    /// Where the content of an ELF core starts.
+    from: u64,
+    /// Ranges written: physical address, offset in the file, bytes.
+    ranges: Vec<(u64, u64, u64)>,
+    sha256: Option<Hash>,
+    segments: usize,
+    damaged: Vec<String>,
+}
+
+/// A segment, unpacked.
+struct Plain {
+    bytes: Vec<u8>,
+    /// Its first physical address, where it starts with the header of a range.
+    address: Option<u64>,
+}
+
+impl Written {
+    fn new(path: &Path, layout: Layout, entries: &[SegmentEntry]) -> Result<Self> {
+        let file = File::create_new(path).with_context(|| path.display().to_string())?;
+        let from = match layout {
+            Layout::Elf => elf::head_bound(entries.len(), NOTES).next_multiple_of(4096),
+            _ => 0,
+        };
+        Ok(Written {
+            path: path.to_owned(),
+            file,
+            layout,
+            from,
+            ranges: Vec::new(),
+            sha256: None,
+            segments: 0,
+            damaged: Vec::new(),
+        })
+    }
+
+    /// Unpacks all segments, on every core, and writes them in order. A segment that is not what the chain says is left out.
+    fn all(mut self, stored: &Stored, entries: &[SegmentEntry]) -> Result<Self> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+        let next = AtomicUsize::new(0);
+        let written = AtomicUsize::new(0);
+        let mut sha256 = Sha256::new();
+        let mut at = self.from;
+        let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
+        std::thread::scope(|scope| -> Result<()> {
+            let (give, take) = sync_channel(threads);
+            for _ in 0..threads {
+                let (give, next, written, spare) = (give.clone(), &next, &written, &spare);
+                scope.spawn(move || {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(entry) = entries.get(index) else { return };
+                        // What is unpacked and not written yet is bounded.
+                        while index > written.load(Ordering::Relaxed) + 2 * threads {
+                            std::thread::sleep(std::time::Duration::from_micros(200));
+                        }
+                        let buffer = spare
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .pop()
+                            .unwrap_or_default();
+                        if give.send((index, unpack(stored, entry, buffer))).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(give);
+            let mut waiting = BTreeMap::new();
+            let mut result = Ok(());
+            for (index, plain) in take {
+                waiting.insert(index, plain);
+                while let Some(plain) = waiting.remove(&written.load(Ordering::Relaxed)) {
+                    written.fetch_add(1, Ordering::Relaxed);
+                    match plain {
+                        Ok(plain) if result.is_ok() => {
+                            result = self.put(&plain, &mut at, &mut sha256);
+                            spare
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .push(plain.bytes);
+                        }
+                        Ok(_) => (),
+                        Err(why) => self.damaged.push(why),
+                    }
+                }
+            }
+            result
+        })
+        .with_context(|| self.path.display().to_string())?;
+        if self.layout == Layout::Stream {
+            // Zeros at the end were never written.
+            self.file.set_len(at)?;
+            self.sha256 = Some(Hash(sha256.finalize().into()));
+        }
+        if self.layout == Layout::Elf {
+            self.file.set_len(at)?;
+            self.head(None)?;
+        }
+        if self.layout == Layout::Raw {
+            let end = self
+                .ranges
+                .iter()
+                .map(|(_, at, size)| at.saturating_add(*size))
+                .max();
+            self.file.set_len(end.unwrap_or(0))?;
+        }
+        Ok(self)
+    }
+
+    fn put(&mut self, plain: &Plain, at: &mut u64, sha256: &mut Sha256) -> Result<()> {
+        self.segments += 1;
+        let content = match (self.layout, plain.address) {
+            (Layout::Stream, _) => {
+                sha256.update(&plain.bytes);
+                plain.bytes.as_slice()
+            }
+            (_, Some(_)) => plain.bytes.get(lime::HEADER..).unwrap_or_default(),
+            (_, None) => bail!("a segment of the image does not start with the header of a range"),
+        };
+        let offset = match (self.layout, plain.address) {
+            (Layout::Raw, Some(address)) => address,
+            _ => *at,
+        };
+        // Zeros need not be written: the file is as long without them, and reads the same.
+        for (index, piece) in (0u64..).zip(content.chunks(64 << 10)) {
+            if piece.iter().any(|b| *b != 0) {
+                self.file.write_all_at(piece, offset + index * (64 << 10))?;
+            }
+        }
+        let size = content.len() as u64;
+        if let Some(address) = plain.address {
+            match self.ranges.last_mut() {
+                Some((start, from, length)) if *start + *length == address && *from + *length == offset => {
+                    *length += size
+                }
+                _ => self.ranges.push((address, offset, size)),
+            }
+        }
+        *at = at.saturating_add(size);
+        Ok(())
+    }
+
+    /// Writes the head of an ELF core.
+    fn head(&mut self, vmcoreinfo: Option<&[u8]>) -> Result<()> {
+        let load = |(address, _, size): &(u64, u64, u64)| elf::Segment {
+            load: true,
+            flags: 7,
+            offset: 0,
+            virtual_address: 0,
+            physical_address: *address,
+            size: *size,
+        };
+        let mut loads: Vec<elf::Segment> = self.ranges.iter().map(load).collect();
+        let notes: Vec<(&str, u32, &[u8])> = vmcoreinfo
+            .filter(|v| v.len() < NOTES / 2)
+            .map(|v| ("VMCOREINFO", 0, v))
+            .into_iter()
+            .collect();
+        let head = elf::head(&notes, &mut loads, 1, self.from);
+        let fits = loads
+            .iter()
+            .zip(&self.ranges)
+            .all(|(load, (_, offset, _))| load.offset == *offset);
+        if !fits {
+            return Err(anyhow!(
+                "{}: the head of the core does not fit before its content",
+                self.path.display()
+            ));
+        }
+        self.file.seek(SeekFrom::Start(0))?;
+        self.file
+            .write_all(&head)
+            .with_context(|| self.path.display().to_string())
+    }
+}
+
+/// The plaintext of a segment, if it is what the signed chain says.
+fn unpack(stored: &Stored, entry: &SegmentEntry, mut buffer: Vec<u8>) -> Result<Plain, String> {
+    let key = entry.key().to_string();
+    let wrong = |why: String| format!("{key}: {why}");
+    let object = stored.get(&key, MAX_SEGMENT as u64).map_err(wrong)?;
+    let segment = Segment::open(&object).map_err(|e| wrong(e.to_string()))?;
+    let leaves: Vec<Hash> = segment.frames().map(|f| f.sha256).collect();
+    let plain: u64 = segment.frames().map(|f| u64::from(f.plain)).sum();
+    // The chain signs the hashes of the frames, and each frame is checked against its own: that is all of the plaintext.
+    if root(&leaves) != entry.frames_root || plain != entry.plain {
+        return Err(wrong("its frames are not those in the chain".to_owned()));
+    }
+    buffer.clear();
+    segment
+        .read(|_, plain| {
+            buffer.extend_from_slice(plain);
+            Ok::<_, stillframe_evidence::Error>(())
+        })
+        .map_err(|e| wrong(e.to_string()))?;
+    let address = buffer.first_chunk::<{ lime::HEADER }>().and_then(lime::parse);
+    let whole = address.filter(|(start, end)| end - start + 1 == (buffer.len() - lime::HEADER) as u64);
+    Ok(Plain {
+        address: whole.map(|(start, _)| start),
+        bytes: buffer,
+    })
+}
