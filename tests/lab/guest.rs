@@ -2,17 +2,61 @@
 //! has no network and no disk but one raw file, onto which programs in it write what the tests read.
 
 use crate::programs;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::{
     fs,
-    os::unix::fs::{PermissionsExt as _, symlink},
+    io::{Read as _, Write as _},
+    os::unix::{
+        fs::{PermissionsExt as _, symlink},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 /// Emulation is slow and machines are busy; a guest that needs longer hangs.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A guest before it is booted.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    /// The kernel, as a folder of `lab/kernels`: `6.1`.
+    pub kernel: &'a str,
+    /// MiB of memory.
+    pub memory: u64,
+    /// Processors.
+    pub cpus: u32,
+    /// Five levels of page tables.
+    pub la57: bool,
+    /// More of the kernel's command line.
+    pub append: &'a str,
+    /// MiB of its disk.
+    pub disk: u64,
+}
+
+impl Default for Machine<'_> {
+    fn default() -> Self {
+        Machine {
+            kernel: "6.1",
+            memory: 1024,
+            cpus: 2,
+            la57: false,
+            append: "",
+            disk: 256,
+        }
+    }
+}
+
+/// A running guest; it ends when this is dropped.
+pub struct Guest {
+    qemu: Child,
+    folder: tempfile::TempDir,
+    serial: UnixStream,
+    qmp: UnixStream,
+    began: Instant,
+    memory: u64,
+}
 
 /// What a guest left behind.
 pub struct Ran {
@@ -23,98 +67,256 @@ pub struct Ran {
     _folder: tempfile::TempDir,
 }
 
-/// Boots a guest, runs `script` in it (busybox's sh; `$1` is the disk), and powers it off. `files` lie in its root.
-/// `modules` are loaded before, with what they depend on.
-pub fn run(script: &str, files: &[(&str, &Path)], modules: &[&str]) -> Result<Ran> {
-    programs::require(&["qemu-system-x86_64", "busybox", "cpio"])?;
-    let kernel = programs::target().join("lab/kernel");
-    let boot = kernel.join("boot");
-    let image = fs::read_dir(&boot)
+/// The folders of the kernels that `tests/run` fetched, by version.
+pub fn kernels() -> Result<Vec<(String, PathBuf)>> {
+    let folder = programs::target().join("lab/kernels");
+    let mut found: Vec<(String, PathBuf)> = fs::read_dir(&folder)
+        .with_context(|| format!("{}: no kernels; `tests/run` fetches them", folder.display()))?
+        .flatten()
+        .filter(|e| e.path().join("boot").is_dir())
+        .map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()))
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// The file of `boot/` whose name starts so, and what follows in its name.
+pub fn boot_file(kernel: &str, prefix: &str) -> Result<(PathBuf, String)> {
+    let boot = programs::target().join("lab/kernels").join(kernel).join("boot");
+    fs::read_dir(&boot)
         .with_context(|| format!("{}: no kernel; `tests/run` fetches it", boot.display()))?
         .flatten()
-        .find(|e| e.file_name().to_string_lossy().starts_with("vmlinuz-"))
-        .context("no vmlinuz")?;
-    let release = image
-        .file_name()
-        .to_string_lossy()
-        .trim_start_matches("vmlinuz-")
-        .to_owned();
+        .find_map(|e| {
+            let name = e.file_name().to_string_lossy().into_owned();
+            Some((e.path(), name.strip_prefix(prefix)?.to_owned()))
+        })
+        .with_context(|| format!("no {prefix} in {}", boot.display()))
+}
 
-    let folder = tempfile::tempdir()?;
-    let root = folder.path().join("root");
-    let order = lay_root(&root, &kernel, &release, script, files, modules)?;
-    ensure!(!order.is_empty(), "no module for the disk");
-    let initrd = folder.path().join("initrd");
-    pack(&root, &initrd)?;
-    let disk = folder.path().join("disk");
-    fs::File::create(&disk)?.set_len(256 << 20)?;
-    let console = folder.path().join("console");
+/// Boots the usual guest, runs `script` in it to its end, and powers it off.
+pub fn run(script: &str, files: &[(&str, &Path)], modules: &[&str]) -> Result<Ran> {
+    Machine::default().boot(script, files, modules)?.ended()
+}
 
-    let mut qemu = Command::new("qemu-system-x86_64")
-        .args([
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max,la57=off",
-            "-machine",
-            "q35",
-            "-m",
-            "1024M",
-            "-smp",
-            "2",
-        ])
-        .args([
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-            "-nic",
-            "none",
-        ])
-        .arg("-kernel")
-        .arg(image.path())
-        .arg("-initrd")
-        .arg(&initrd)
-        .args(["-append", "console=ttyS0 quiet loglevel=3 panic=-1 nowatchdog"])
-        .args(["-serial", &format!("file:{}", console.display())])
-        .args([
-            "-drive",
-            &format!(
-                "file={},if=none,id=d0,format=raw,cache=unsafe,aio=threads",
-                disk.display()
-            ),
-        ])
-        .args(["-device", "virtio-blk-pci,drive=d0", "-device", "virtio-rng-pci"])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .spawn()
-        .context("qemu-system-x86_64")?;
-    let began = Instant::now();
-    let status = loop {
-        if let Some(status) = qemu.try_wait()? {
-            break status;
+impl Machine<'_> {
+    /// Boots it and has it run `script` (busybox's sh; `$1` is the disk, what is said to it arrives on standard input), after
+    /// which it powers itself off. `files` lie in its root. `modules` are loaded before, with what they depend on.
+    pub fn boot(&self, script: &str, files: &[(&str, &Path)], modules: &[&str]) -> Result<Guest> {
+        programs::require(&["qemu-system-x86_64", "busybox", "cpio"])?;
+        let (image, release) = boot_file(self.kernel, "vmlinuz-")?;
+        let kernel = programs::target().join("lab/kernels").join(self.kernel);
+        let folder = tempfile::tempdir()?;
+        let root = folder.path().join("root");
+        lay_root(&root, &kernel, &release, script, files, modules)?;
+        let initrd = folder.path().join("initrd");
+        pack(&root, &initrd)?;
+        let at = |name: &str| folder.path().join(name);
+        fs::File::create(at("disk"))?.set_len(self.disk << 20)?;
+        let la57 = if self.la57 { "on" } else { "off" };
+        let append = format!(
+            "console=ttyS0 quiet loglevel=3 panic=-1 nowatchdog {}",
+            self.append
+        );
+        let socket = |name: &str| format!("path={},server=on,wait=off", at(name).display());
+        let qemu = Command::new("qemu-system-x86_64")
+            .args([
+                "-accel",
+                "tcg,thread=multi",
+                "-machine",
+                "q35",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-nic",
+                "none",
+            ])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-cpu",
+                &format!("max,la57={la57}"),
+            ])
+            .args(["-m", &format!("{}M", self.memory), "-smp", &self.cpus.to_string()])
+            .arg("-kernel")
+            .arg(image)
+            .arg("-initrd")
+            .arg(&initrd)
+            .args(["-append", &append])
+            .args([
+                "-chardev",
+                &format!(
+                    "socket,id=s0,{},logfile={}",
+                    socket("serial"),
+                    at("console").display()
+                ),
+            ])
+            .args([
+                "-serial",
+                "chardev:s0",
+                "-chardev",
+                &format!("socket,id=q0,{}", socket("qmp")),
+                "-mon",
+                "chardev=q0,mode=control",
+            ])
+            .args([
+                "-drive",
+                &format!(
+                    "file={},if=none,id=d0,format=raw,cache=unsafe,aio=threads",
+                    at("disk").display()
+                ),
+            ])
+            .args(["-device", "virtio-blk-pci,drive=d0", "-device", "virtio-rng-pci"])
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .context("qemu-system-x86_64")?;
+        let mut qemu = Killed(Some(qemu));
+        let serial = connect(&at("serial"), &mut qemu)?;
+        let qmp = connect(&at("qmp"), &mut qemu)?;
+        let mut guest = Guest {
+            qemu: qemu.0.take().context("no guest")?,
+            folder,
+            serial,
+            qmp,
+            began: Instant::now(),
+            memory: self.memory << 20,
+        };
+        // A guest whose console nobody reads stands still.
+        let mut heard = guest.serial.try_clone()?;
+        std::thread::spawn(move || std::io::copy(&mut heard, &mut std::io::sink()));
+        guest.answer("QMP")?;
+        guest.order("{\"execute\":\"qmp_capabilities\"}")?;
+        Ok(guest)
+    }
+}
+
+/// Ended when dropped, until it is taken.
+struct Killed(Option<Child>);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
         }
-        if began.elapsed() > PATIENCE {
-            let _ = qemu.kill();
-            let _ = qemu.wait();
-            bail!(
-                "the guest hangs; it said:\n{}",
-                fs::read_to_string(&console).unwrap_or_default()
+    }
+}
+
+fn connect(path: &Path, qemu: &mut Killed) -> Result<UnixStream> {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        match UnixStream::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(_)
+                if Instant::now() < until
+                    && qemu.0.as_mut().is_some_and(|q| matches!(q.try_wait(), Ok(None))) =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(error).context("qemu does not answer"),
+        }
+    }
+}
+
+impl Guest {
+    /// What its script has printed so far.
+    pub fn console(&self) -> String {
+        let bytes = fs::read(self.folder.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+
+    /// Waits until it has printed `text`.
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
+        loop {
+            let console = self.console();
+            if console.contains(text) {
+                return Ok(());
+            }
+            ensure!(
+                self.qemu.try_wait()?.is_none(),
+                "the guest ended before it said {text}; it said:\n{console}"
             );
+            ensure!(
+                self.began.elapsed() < PATIENCE,
+                "the guest never said {text}; it said:\n{console}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
         }
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    let console = String::from_utf8_lossy(&fs::read(&console)?).replace('\r', "");
-    ensure!(
-        status.success() && console.contains("GUEST ENDED"),
-        "the guest failed ({status}); it said:\n{console}"
-    );
-    Ok(Ran {
-        console,
-        disk,
-        _folder: folder,
-    })
+    }
+
+    /// Says a line to its script.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        Ok(self.serial.write_all(format!("{line}\n").as_bytes())?)
+    }
+
+    /// Reads answers until one has the key `key`.
+    fn answer(&mut self, key: &str) -> Result<()> {
+        self.qmp.set_read_timeout(Some(Duration::from_secs(120)))?;
+        let mut line = Vec::new();
+        loop {
+            let mut byte = [0];
+            self.qmp.read_exact(&mut byte).context("QMP")?;
+            if byte != [b'\n'] {
+                line.extend(byte);
+                continue;
+            }
+            let answer: serde_json::Value = serde_json::from_slice(&line)?;
+            ensure!(answer.get("error").is_none(), "QMP: {answer}");
+            if answer.get(key).is_some() {
+                return Ok(());
+            }
+            line.clear();
+        }
+    }
+
+    fn order(&mut self, order: &str) -> Result<()> {
+        self.qmp.write_all(format!("{order}\n").as_bytes())?;
+        self.answer("return")
+    }
+
+    /// The truth: all of its physical memory from address 0, while it stands still.
+    pub fn truth(&mut self, to: &Path) -> Result<()> {
+        self.order("{\"execute\":\"stop\"}")?;
+        let file = serde_json::Value::from(to.to_str().context("a path that is not UTF-8")?);
+        let size = self.memory;
+        self.order(&format!(
+            "{{\"execute\":\"pmemsave\",\"arguments\":{{\"val\":0,\"size\":{size},\"filename\":{file}}}}}"
+        ))?;
+        self.order("{\"execute\":\"cont\"}")
+    }
+
+    /// Waits until it has powered itself off.
+    pub fn ended(mut self) -> Result<Ran> {
+        let status = loop {
+            if let Some(status) = self.qemu.try_wait()? {
+                break status;
+            }
+            ensure!(
+                self.began.elapsed() < PATIENCE,
+                "the guest hangs; it said:\n{}",
+                self.console()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        let console = self.console();
+        ensure!(
+            status.success() && console.contains("GUEST ENDED"),
+            "the guest failed ({status}); it said:\n{console}"
+        );
+        let folder = std::mem::replace(&mut self.folder, tempfile::tempdir()?);
+        Ok(Ran {
+            console,
+            disk: folder.path().join("disk"),
+            _folder: folder,
+        })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
 }
 
 fn lay_root(
@@ -124,7 +326,7 @@ fn lay_root(
     script: &str,
     files: &[(&str, &Path)],
     modules: &[&str],
-) -> Result<Vec<String>> {
+) -> Result<()> {
     for name in [
         "bin",
         "dev",
@@ -164,8 +366,10 @@ fn lay_root(
             .args(["-S", release, "--show-depends", module])
             .output()
             .context("modprobe")?;
+        // Newer kernels have the disk's built in.
+        let built_in = String::from_utf8_lossy(&listed.stdout).contains("builtin ");
         ensure!(
-            listed.status.success(),
+            listed.status.success() || built_in,
             "{module}: {}",
             String::from_utf8_lossy(&listed.stderr)
         );
@@ -199,11 +403,11 @@ fn lay_root(
         .collect();
     let init = format!(
         "#!/bin/sh\nexport PATH=/bin\nmount -t proc proc /proc\nmount -t sysfs sys /sys\nmount -t devtmpfs dev /dev\n\
-         mount -t tmpfs tmp /run\n{insmod}sh /script /dev/vda\necho GUEST ENDED\nsync\npoweroff -f\n"
+         mount -t tmpfs tmp /run\nmount -t securityfs sec /sys/kernel/security 2>/dev/null\n{insmod}stty -echo\nsh /script /dev/vda\necho GUEST ENDED\nsync\npoweroff -f\n"
     );
     fs::write(root.join("init"), init)?;
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
-    Ok(order)
+    Ok(())
 }
 
 fn pack(root: &Path, initrd: &Path) -> Result<()> {

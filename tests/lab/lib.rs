@@ -2,8 +2,10 @@
 //! so none is ever stale; what it starts ends with it.
 
 pub mod dead_mount;
+pub mod fill;
 pub mod guest;
 pub mod load;
 pub mod programs;
 pub mod store;
+pub mod volatility;
 pub mod wine;

@@ -3,7 +3,10 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::io::Read as _;
-use stillframe_tests::load::{self, Load};
+use stillframe_tests::{
+    fill,
+    load::{self, Load},
+};
 
 /// Starts what the tests start, and keeps it until Enter is pressed.
 #[derive(Parser)]
@@ -19,11 +22,20 @@ enum What {
         /// How many
         n: usize,
     },
+    /// Nothing, until standard input ends
+    Wait,
+    /// Memory full of pages that carry their own identity
+    Fill {
+        /// How much
+        mib: usize,
+    },
 }
 
 fn main() -> Result<()> {
     load::serve();
     match Cli::parse().what {
+        What::Wait => _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?,
+        What::Fill { mib } => fill::fill(mib)?,
         What::Load { n } => {
             let load = Load::start(n)?;
             println!("{} processes; Enter ends them", load.pids().count());

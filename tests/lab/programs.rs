@@ -97,6 +97,11 @@ pub fn static_agent() -> Result<PathBuf> {
     )
 }
 
+/// The lab's own program for a guest: static.
+pub fn static_lab() -> Result<PathBuf> {
+    build("stillframe-tests", "lab", Some("x86_64-unknown-linux-musl"), true)
+}
+
 /// The agent for Windows.
 pub fn windows_agent() -> Result<PathBuf> {
     build(

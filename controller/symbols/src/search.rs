@@ -133,7 +133,8 @@ fn note(image: &Image, at: u64) -> Option<Vmcoreinfo> {
 
 /// The kernel whose token table has its digits at `at`.
 fn at_tables(image: &Image, at: u64, notes: &[Vmcoreinfo], hits: &Hits) -> Result<Option<Kernel>, Error> {
-    let start = at.saturating_sub(tables::BEFORE);
+    // The tables are aligned by their addresses, so what is read must be, too.
+    let start = at.saturating_sub(tables::BEFORE) / 4096 * 4096;
     let size = usize::try_from(at - start + tables::BEHIND).unwrap_or(0);
     let bytes = read(image, start, size)?;
     let digits = usize::try_from(at - start).unwrap_or(0);

@@ -1,11 +1,11 @@
 //! The tables of kallsyms as they lie in the kernel's read-only data (`scripts/kallsyms.c`, `kernel/kallsyms.c`). Three layouts:
 //!
 //! ```text
-//! to 6.3   offsets, relative_base, num_syms, names, markers, token_table, token_index
+//! to 6.3   offsets, relative_base, num_syms, names, markers, [seqs_of_names,] token_table, token_index
 //! to 6.19  num_syms, names, markers, token_table, token_index, offsets, relative_base
 //! from 7.0 num_syms, names, markers, token_table, token_index, offsets          each offset relative to its own place
 //! ```
-//! (6.2 and 6.3 have `seqs_of_names` between markers and token_table, which is not read.) Names are token numbers; the first character that
+//! `seqs_of_names` (6.2 and 6.3, and the stable releases of 6.1) is not read. Names are token numbers; the first character that
 //! they spell is the type letter. An offset is relative to `relative_base`: negative ones as base − 1 − offset, others absolute,
 //! as long as per-CPU symbols were absolute (to 6.14); after that all are added to the base.
 
@@ -50,12 +50,19 @@ struct Tokens<'a> {
     tokens: Vec<&'a [u8]>,
 }
 
-/// The tables around the digits at `digits` in `bytes`. `address_of` gives the run-time address of an offset in `bytes`, where
+/// The tables around the digits at `digits` in `bytes`, which must start at an address that is a multiple of 8. `address_of` gives the run-time address of an offset in `bytes`, where
 /// that is known.
 pub fn decode(bytes: &[u8], digits: usize, address_of: impl Fn(usize) -> Option<u64>) -> Option<Tables> {
     let tokens = tokens(bytes, digits)?;
-    let (markers, count_of_markers) = markers(bytes, tokens.table)?;
-    let (num_syms, names, ends) = names(bytes, markers, count_of_markers, &tokens)?;
+    let found = markers(bytes, tokens.table).find_map(|(markers, count)| {
+        // What follows the markers may by chance look like one or two more.
+        let counts = (count.saturating_sub(2)..=count).rev();
+        let mut found = counts.filter_map(|count| names(bytes, markers, count, &tokens));
+        found
+            .next()
+            .map(|(num_syms, names, ends)| (markers, num_syms, names, ends))
+    });
+    let (markers, num_syms, names, ends) = found?;
     let count = ends.len();
     let mut places = vec![
         ("kallsyms_num_syms", num_syms),
@@ -163,29 +170,29 @@ fn tokens(bytes: &[u8], digits: usize) -> Option<Tokens<'_>> {
     })
 }
 
-/// The markers before the token table: where every 256th name starts. Their place and number.
-fn markers(bytes: &[u8], table: usize) -> Option<(usize, usize)> {
-    let mut at = table / 4 * 4;
-    let mut above = u32::MAX;
-    let mut count = 0;
-    loop {
-        at = at.checked_sub(4)?;
-        let marker = u32_at(bytes, at)?;
-        // Padding between the two.
-        if marker == 0 && count == 0 && above == u32::MAX {
-            above -= 1;
-            continue;
-        }
-        // A name has at least a length and a token; 256 of them at least 512 bytes.
-        if marker >= above || u64::from(marker) > BEFORE {
+/// What 256 names can take, in bytes: each has at least a length and a token, and at most 512 tokens.
+const MARKED: Range<u32> = 512..(256 * 514);
+
+/// Where the markers may be, before the token table: a zero and then numbers that rise as the names of 256 symbols do. Their
+/// place and number, the nearest first. Between them and the token table there may be `seqs_of_names`.
+fn markers(bytes: &[u8], table: usize) -> impl Iterator<Item = (usize, usize)> {
+    let words = table / 4;
+    let lowest = table.saturating_sub(usize::try_from(BEFORE).unwrap_or(0)) / 4;
+    (lowest..words).rev().map(|word| word * 4).filter_map(move |at| {
+        if u32_at(bytes, at)? != 0 || !MARKED.contains(&u32_at(bytes, at + 4)?) {
             return None;
         }
-        count += 1;
-        if marker == 0 {
-            return (count > 2).then_some((at, count));
+        let mut count = 1;
+        let mut last = 0;
+        while at + count * 4 < table
+            && let Some(marker) = u32_at(bytes, at + count * 4)
+            && MARKED.contains(&marker.wrapping_sub(last))
+        {
+            last = marker;
+            count += 1;
         }
-        above = marker;
-    }
+        (count > 3).then_some((at, count))
+    })
 }
 
 /// Where the number of symbols and the names start, and where each name ends.
@@ -324,7 +331,7 @@ mod tests {
         };
         let mut out = b"some other data here, and of no length in particular".to_vec();
         align(&mut out, 8);
-        if layout == 1 {
+        if layout == 1 || layout == 4 {
             symbols
                 .iter()
                 .for_each(|(a, _)| out.extend(percpu(a).to_le_bytes()));
@@ -337,6 +344,12 @@ mod tests {
         align(&mut out, n);
         out.extend(&markers);
         align(&mut out, n);
+        if layout == 4 {
+            (0..symbols.len())
+                .rev()
+                .for_each(|n| out.extend(&u32::try_from(n).unwrap().to_be_bytes()[1..]));
+            align(&mut out, n);
+        }
         let digits = out.len() + usize::from(u16::from_le_bytes(index[96..98].try_into().unwrap()));
         out.extend(&table);
         align(&mut out, n);
@@ -369,10 +382,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
-        fn every_layout_is_decoded(count in 1100usize..2400, layout in 1u8..4, long in 0usize..300, seed in any::<u64>()) {
+        fn every_layout_is_decoded(count in 1100usize..2400, layout in 1u8..5, long in 0usize..300, seed in any::<u64>()) {
             let name = |n: usize| format!("sys_f{n}_{}", "x".repeat(if n == 7 { long } else { n % 9 }));
             let mut at = BASE;
-            let symbols: Vec<(u64, String)> = (0..count).map(|n| { at += (seed >> (n % 60)) & 0xff; (if layout < 3 && n == 3 { 0x40 } else { at }, name(n)) }).collect();
+            let symbols: Vec<(u64, String)> = (0..count).map(|n| { at += (seed >> (n % 60)) & 0xff; (if layout != 3 && n == 3 { 0x40 } else { at }, name(n)) }).collect();
             let place = BASE + 0x80_0000;
             let (bytes, digits) = lay(&symbols, layout, place);
             prop_assert_eq!(candidates(&bytes), [digits]);
@@ -382,7 +395,7 @@ mod tests {
         }
 
         #[test]
-        fn a_flipped_byte_never_panics(count in 1100usize..1200, layout in 1u8..4, at in any::<prop::sample::Index>(), with in any::<u8>()) {
+        fn a_flipped_byte_never_panics(count in 1100usize..1200, layout in 1u8..5, at in any::<prop::sample::Index>(), with in any::<u8>()) {
             let symbols: Vec<(u64, String)> = (0..count).map(|n| (BASE + n as u64 * 16, format!("f{n}"))).collect();
             let (mut bytes, digits) = lay(&symbols, layout, BASE);
             let at = at.index(bytes.len());
