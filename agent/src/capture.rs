@@ -205,6 +205,8 @@ struct Current {
     packer: RecordPacker,
     outcome: Outcome,
     failed: Option<String>,
+    /// The first segment that was not stored.
+    failed_at: Option<u64>,
 }
 
 struct Session<'a> {
@@ -393,6 +395,7 @@ impl Session<'_> {
             packer,
             outcome,
             failed: None,
+            failed_at: None,
         });
         Ok(())
     }
@@ -506,6 +509,7 @@ impl Session<'_> {
             && current.outcome.step == step
         {
             current.failed.get_or_insert(why);
+            current.failed_at.get_or_insert(entry.number);
         } else if let Some((outcome, _)) = self.waiting.iter_mut().find(|(outcome, _)| outcome.step == step)
             && outcome.status != Status::Failed
         {

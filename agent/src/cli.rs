@@ -265,6 +265,9 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
     if let Some(why) = wrong_use(&args) {
         return refuse(&why);
     }
+    let mut pids = args.pid;
+    pids.sort_unstable();
+    pids.dedup();
     let id = args.id.unwrap_or_else(CaptureId::mint);
     let store = match stillframe_store::open(&args.store, id) {
         Ok(store) => store,
@@ -274,7 +277,12 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
         id,
         order: Order {
             case: args.case,
-            profile: args.profile.name.to_owned(),
+            profile: if args.image.is_some() {
+                "image"
+            } else {
+                args.profile.name
+            }
+            .to_owned(),
             nonce: args.nonce,
             ordered_by: Text::from(&args.ordered_by),
             ordered_at: args.ordered_at,
@@ -283,7 +291,7 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
         memory: MemoryOrder {
             image: args.image,
             lime: args.lime_module.zip(args.lime_sha256),
-            pids: args.pid,
+            pids,
             rate: args.max_rate.map(|rate| rate << 20),
         },
         root: args.root,

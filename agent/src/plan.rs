@@ -134,6 +134,7 @@ impl Profile {
             ));
         }
         if self.memory {
+            steps.extend(collect("secret-mappings", false));
             let about = "types, symbols and maps of the running kernel, to read the image with";
             steps.push(memory("companions", about, 1, Action::Companions));
             steps.push(image());

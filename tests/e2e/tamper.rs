@@ -283,7 +283,7 @@ fn forged_anew() {
 
 fn forge(folder: &Path) {
     let id: CaptureId = folder.file_name().unwrap().to_str().unwrap().parse().unwrap();
-    let mut writer = ChainWriter::new(CaptureKey::from_seed(&[7; 32]), id);
+    let mut writer = ChainWriter::new(Box::new(CaptureKey::from_seed(&[7; 32])), id);
     let mut chain: Option<Chain> = None;
     for (name, path) in store::objects(folder).unwrap() {
         if !name.starts_with("progress/") {

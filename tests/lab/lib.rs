@@ -1,6 +1,7 @@
 //! The lab: everything that a test or a benchmark needs around the unmodified programs. It builds the binaries that it runs,
 //! so none is ever stale; what it starts ends with it.
 
+pub mod captured;
 pub mod dead_mount;
 pub mod fill;
 pub mod guest;

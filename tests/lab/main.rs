@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::io::Read as _;
 use stillframe_tests::{
-    fill,
+    captured, fill,
     load::{self, Load},
 };
 
@@ -22,6 +22,14 @@ enum What {
         /// How many
         n: usize,
     },
+    /// A guest whose memory was captured and fetched, to look at
+    Guest {
+        /// The kernel: 5.10, 6.1, …
+        kernel: String,
+        /// Five levels of page tables
+        #[arg(long)]
+        la57: bool,
+    },
     /// Nothing, until standard input ends
     Wait,
     /// Memory full of pages that carry their own identity
@@ -34,6 +42,15 @@ enum What {
 fn main() -> Result<()> {
     load::serve();
     match Cli::parse().what {
+        What::Guest { kernel, la57 } => {
+            let captured = captured::small(&kernel, la57, "")?;
+            println!(
+                "{}\n{}; Enter deletes it",
+                captured.told,
+                captured.fetched.display()
+            );
+            let _ = std::io::stdin().read(&mut [0])?;
+        }
         What::Wait => _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?,
         What::Fill { mib } => fill::fill(mib)?,
         What::Load { n } => {

@@ -120,7 +120,13 @@ pub struct Progress {
     pub done: u64,
     /// Bytes expected.
     pub expected: u64,
+    /// In the first of a step: the ranges of memory that are expected, first and last address, unless they are too many.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<(u64, u64)>,
 }
+
+/// Ranges that an event lists; where there are more, they are records.
+pub const MAX_RANGES: usize = 4096;
 
 /// What was made of one range of memory; all in bytes. Their sum is the range.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -358,6 +364,12 @@ impl ChainWriter {
             event,
         };
         let object = seal(&*self.key, &json_line(&event)?);
+        if object.len() as u64 > MAX_EVENT {
+            return Err(Error::Chain(format!(
+                "event {} would be larger than any reader reads",
+                event.sequence
+            )));
+        }
         let sha256 = Hash::of(&object);
         self.sequence += 1;
         self.previous = Some(sha256);

@@ -136,6 +136,18 @@ pub struct Image<'a> {
     format: Format,
     /// By address, without overlap.
     runs: Vec<Run>,
+    cut: Option<String>,
+}
+
+/// What a format's reader found.
+struct Map {
+    runs: Vec<Run>,
+    /// Where the file ends before what it announces does: as far as it goes it is read.
+    cut: Option<String>,
+}
+
+fn cut_off(at: u64, why: &str) -> Option<String> {
+    Some(format!("at offset {at}: {why}"))
 }
 
 impl<'a> Image<'a> {
@@ -146,20 +158,18 @@ impl<'a> Image<'a> {
         if size >= 4 {
             bytes.read_at(0, &mut magic)?;
         }
-        let (format, mut runs) = match magic {
+        let (format, Map { mut runs, cut }) = match magic {
             lime::MAGIC => (Format::Lime, lime::runs(bytes, size)?),
             avml::MAGIC => (Format::Avml, avml::runs(bytes, size)?),
             elf::MAGIC => (Format::Elf, elf::runs(bytes, size)?),
             _ => {
                 let content = Content::Plain(0);
-                (
-                    Format::Raw,
-                    vec![Run {
-                        start: 0,
-                        size,
-                        content,
-                    }],
-                )
+                let runs = vec![Run {
+                    start: 0,
+                    size,
+                    content,
+                }];
+                (Format::Raw, Map { runs, cut: None })
             }
         };
         runs.retain(|run| run.size > 0);
@@ -178,12 +188,22 @@ impl<'a> Image<'a> {
                 why: "two ranges overlap",
             });
         }
-        Ok(Image { bytes, format, runs })
+        Ok(Image {
+            bytes,
+            format,
+            runs,
+            cut,
+        })
     }
 
     /// The format.
     pub fn format(&self) -> Format {
         self.format
+    }
+
+    /// Where and why the file ends before its end, if it does: a full disk, a tool that was killed.
+    pub fn cut(&self) -> Option<&str> {
+        self.cut.as_deref()
     }
 
     /// What is in the image: first address and number of bytes of each stretch, rising, neighbours joined.

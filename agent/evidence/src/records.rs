@@ -127,8 +127,10 @@ pub enum Data {
     MemorySource(Box<memory::MemorySource>),
     /// `memory`, `process-memory`: addresses whose content is not in the image.
     MemoryGap(Box<memory::MemoryGap>),
-    /// `memory`: pages that a process has the kernel hide from everybody.
+    /// `secret-mappings`: memory that a process has the kernel hide from everybody.
     SecretMapping(Box<memory::SecretMapping>),
+    /// `memory`, `process-memory`: a range, where there are too many for the outcome.
+    MemoryRange(crate::chain::RangeAccount),
     /// `process-memory`: a mapping of the process.
     Region(Box<memory::Region>),
 }

@@ -23,13 +23,13 @@ use std::{
     time::{Duration, Instant},
 };
 use stillframe_evidence::{
-    chain::{Problem, RangeAccount, Status},
+    chain::{MAX_RANGES, Problem, RangeAccount, Status},
     frames::Framer,
     image::Image,
     layout::{Artifact, Kind},
     records::{
         Data, Record,
-        memory::{Companion, Gap, MemoryGap, MemorySource, SecretMapping},
+        memory::{Companion, MemoryGap, MemorySource},
     },
     root::Hash,
     segments::FramePacker,
@@ -170,6 +170,7 @@ impl Session<'_> {
         let mut plain = Vec::with_capacity(FRAME);
         let mut stored = Vec::new();
         let (mut sha256, mut bytes) = (Sha256::new(), 0u64);
+        // Per-CPU symbols have small numbers for addresses; a kernel that hides them gives zeros for all others, too.
         let mut hidden = found.name == "kallsyms";
         loop {
             plain.clear();
@@ -187,7 +188,7 @@ impl Session<'_> {
             if hidden
                 && plain
                     .split(|b| *b == b'\n')
-                    .any(|line| line.first().is_some_and(|b| *b != b'0'))
+                    .any(|line| line.starts_with(b"ffffffff"))
             {
                 hidden = false;
             }
@@ -220,15 +221,28 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Puts a segment of memory; few are in flight at once, since each is megabytes.
-    fn send_memory(&mut self, packed: Option<stillframe_evidence::segments::Packed>) -> Result<(), Failure> {
-        let Some(packed) = packed else { return Ok(()) };
+    /// Puts a segment of memory; few are in flight at once, since each is megabytes. False when the store has failed on one of
+    /// this step: no later one can be read without it.
+    fn send_memory(
+        &mut self,
+        packed: Option<stillframe_evidence::segments::Packed>,
+    ) -> Result<bool, Failure> {
+        let Some(packed) = packed else { return Ok(true) };
         while self.put.in_flight > 1 && self.broken.is_none() {
             self.settle(true);
         }
         self.report()?;
-        self.send(packed);
-        Ok(())
+        let failed = self.has_failed();
+        if !failed {
+            self.send(packed);
+        }
+        Ok(!failed)
+    }
+
+    fn has_failed(&self) -> bool {
+        self.current
+            .as_ref()
+            .is_some_and(|current| current.failed.is_some())
     }
 
     /// Streams physical memory, of this host or of an image.
@@ -238,22 +252,9 @@ impl Session<'_> {
             return self.image(path, request, step, cancel);
         }
         let root = &request.root;
-        let own = std::process::id();
-        let secrets = crate::sys::secret_mappings(root);
-        for (pid, start, end) in &secrets {
-            let (pid, start, end) = (*pid, *start, *end);
-            let own = pid == own;
-            self.datum(
-                "/proc/PID/maps",
-                Data::SecretMapping(Box::new(SecretMapping { pid, start, end, own })),
-            )?;
-        }
         let mut end = match lime {
             Some((path, sha256)) => {
-                if let Some((pid, ..)) = secrets.iter().find(|(pid, ..)| *pid != own) {
-                    let why = format!(
-                        "process {pid} has memory in memfd_secret: LiME would crash the kernel at those pages, so it was not loaded"
-                    );
+                if let Some(why) = self.secrets_in_the_way() {
                     return Ok(End::failed(why));
                 }
                 self.lime(path, *sha256, request, step, cancel)?
@@ -280,13 +281,21 @@ impl Session<'_> {
         end.how
             .notes
             .push(format!("the capture's key: {}", self.key_kept));
-        let others = secrets.iter().filter(|(pid, ..)| *pid != own).count();
-        if others > 0 {
-            end.how.notes.push(format!(
-                "{others} secret mappings of other processes read as zeros"
-            ));
-        }
         Ok(end)
+    }
+
+    /// Why a module must not read all of physical memory here.
+    fn secrets_in_the_way(&self) -> Option<String> {
+        let outcomes = self.chain.iter().flat_map(|chain| chain.outcomes());
+        let waiting = self.waiting.iter().map(|(outcome, _)| outcome);
+        let outcome = outcomes
+            .chain(waiting)
+            .find(|o| o.kind.as_str() == "secret-mappings")?;
+        match (outcome.records, outcome.status) {
+            (0, Status::Complete) => None,
+            (0, _) => Some("not every process could be asked for memory in memfd_secret, at which LiME would crash the kernel: it was not loaded".to_owned()),
+            (n, _) => Some(format!("{n} mappings of memfd_secret (cat secret-mappings): LiME would crash the kernel at their pages, so it was not loaded")),
+        }
     }
 
     fn image(
@@ -310,8 +319,25 @@ impl Session<'_> {
             format: Some(image.format().as_str().to_owned()),
             ..MemorySource::default()
         };
+        if image.ranges().is_empty() {
+            return Ok(End::failed(format!(
+                "--image {}: there is nothing in it",
+                path.display()
+            )));
+        }
+        let cut = image.cut().map(str::to_owned);
         let source = image::ImageFile::new(image, sizes.segment);
-        self.stream(&source, "image", about, sizes, request, step, cancel)
+        let mut end = self.stream(&source, "image", about, sizes, request, step, cancel)?;
+        if let Some(why) = cut {
+            end.problem(
+                "image",
+                path.as_os_str().as_encoded_bytes(),
+                None,
+                format!("the file was cut off {why}"),
+                1,
+            );
+        }
+        Ok(end)
     }
 
     fn lime(
@@ -340,7 +366,14 @@ impl Session<'_> {
             ..MemorySource::default()
         };
         let mut end = self.stream(&source, "image", about.clone(), sizes, request, step, cancel)?;
-        let removed = match source.finish() {
+        let (loaded, removed) = source.finish(&request.root);
+        if let Err(why) = loaded {
+            end.how.status = Status::Failed;
+            end.how.reason = Some(format!(
+                "the LiME module could not be loaded ({why}): what was read came from somebody else"
+            ));
+        }
+        let removed = match removed {
             Ok(()) => "removed".to_owned(),
             Err(why) => {
                 let error = format!("the module lime is still loaded: {why}; `rmmod lime` removes it");
@@ -443,11 +476,32 @@ impl Session<'_> {
             until: Instant::now() + step.deadline,
         };
         let kind: Kind = step.kind.parse()?;
-        let expected = total(&source.expected());
+        let ranges = source.expected();
+        let expected = total(&ranges);
+        if place != "process" {
+            // So that a capture that is killed says what it lacks.
+            let listed = ranges
+                .iter()
+                .take(MAX_RANGES)
+                .map(|(start, size)| (*start, start.saturating_add(size.saturating_sub(1))));
+            let ranges = if ranges.len() > MAX_RANGES {
+                Vec::new()
+            } else {
+                listed.collect()
+            };
+            self.drain()?;
+            let kind = kind.clone();
+            self.event(What::Progress(Progress {
+                kind,
+                done: 0,
+                expected,
+                ranges,
+            }))?;
+        }
         let key = self.key.clone();
         let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
         let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
-        let summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
+        let mut summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
             Told::Segment(packed) => self.send_memory(Some(packed)),
             Told::Packed(done, found) => {
                 for gap in found {
@@ -461,9 +515,16 @@ impl Session<'_> {
                 }
                 self.settle(false);
                 self.report()?;
-                self.progress(&kind, done, expected)
+                self.progress(&kind, done, expected)?;
+                Ok(!self.has_failed())
             }
         })?;
+        // What became of the last segments decides what is missing.
+        while self.put.in_flight > 0 && self.broken.is_none() {
+            self.settle(true);
+        }
+        let failed = self.current.as_ref().and_then(|current| current.failed_at);
+        summary.close(failed);
         for gap in gaps {
             self.datum(&place, Data::MemoryGap(Box::new(gap)))?;
         }
@@ -472,19 +533,6 @@ impl Session<'_> {
                 self.footprint.buffers.push(*buffer);
             }
         }
-        let missing = summary.ranges.iter().filter(|r| r.missing > 0);
-        for range in missing.take(1024) {
-            let gap = MemoryGap {
-                start: range.end.saturating_sub(range.missing - 1),
-                end: range.end,
-                gap: Gap::Missing,
-                why: summary
-                    .ended
-                    .clone()
-                    .unwrap_or_else(|| "the source did not have it".to_owned()),
-            };
-            self.datum(&place, Data::MemoryGap(Box::new(gap)))?;
-        }
         let mut end = End::new(Status::Complete, None);
         let missing: u64 = summary
             .ranges
@@ -492,6 +540,12 @@ impl Session<'_> {
             .map(|r| r.missing)
             .fold(0, u64::saturating_add);
         let ended = summary.ended.is_some();
+        // Too many for an event, or many small ones of a process, whose regions are records.
+        if summary.ranges.len() > MAX_RANGES || place == "process" {
+            for range in std::mem::take(&mut summary.ranges) {
+                self.datum(&place, Data::MemoryRange(range))?;
+            }
+        }
         end.streamed(summary);
         if missing > 0 && !ended {
             let error = format!("{missing} bytes that were expected did not come");
@@ -515,7 +569,13 @@ impl Session<'_> {
             return Ok(());
         }
         let kind = kind.clone();
-        self.event(What::Progress(Progress { kind, done, expected }))
+        let ranges = Vec::new();
+        self.event(What::Progress(Progress {
+            kind,
+            done,
+            expected,
+            ranges,
+        }))
     }
 }
 

@@ -17,8 +17,8 @@ use stillframe_evidence::{
 pub fn open(path: &Path) -> Result<File, String> {
     let wrong = |why: String| format!("--image {}: {why}", path.display());
     let metadata = std::fs::metadata(path).map_err(|error| wrong(describe(&error)))?;
-    if metadata.is_dir() {
-        return Err(wrong("is a directory".to_owned()));
+    if !metadata.is_file() && !crate::sys::is_block_device(&metadata) {
+        return Err(wrong("is neither a file nor a disk".to_owned()));
     }
     File::open(path).map_err(|error| wrong(describe(&error)))
 }

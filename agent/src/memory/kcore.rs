@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use std::{
     fs::{self, File},
     io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 use stillframe_evidence::{
@@ -39,6 +39,11 @@ pub enum Unavailable {
     Unusable(String),
 }
 
+/// Where the kernel's own text is linked to start (`arch/x86/include/asm/page_64_types.h`).
+const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// Pages that are read one by one behind an error.
+const CAREFUL: u64 = 256;
+
 /// A stretch of physical memory and where it is in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stretch {
@@ -58,7 +63,10 @@ pub enum Addresses {
 
 /// The open file and its map.
 pub struct Kcore {
-    file: File,
+    path: PathBuf,
+    /// Open files, one for each thread that reads. Until 6.3 the kernel copies through a page that belongs to the open file, without a
+    /// lock (`fs/proc/kcore.c`, `read_kcore`): two reads at once of one file mix the pages up, and both succeed.
+    files: Mutex<Vec<File>>,
     flags: Option<File>,
     stretches: Vec<Stretch>,
     expected: Vec<(u64, u64)>,
@@ -70,7 +78,8 @@ pub struct Kcore {
 impl Kcore {
     /// Opens it below `root`, and finds what is RAM. `segment` is the size of the segments.
     pub fn open(root: &Path) -> Result<Self, Unavailable> {
-        let file = File::open(root.join("proc/kcore")).map_err(|error| match error.raw_os_error() {
+        let path = root.join("proc/kcore");
+        let file = File::open(&path).map_err(|error| match error.raw_os_error() {
             Some(2) => Unavailable::Absent,
             Some(1) if is_locked_down(root) => Unavailable::LockedDown,
             _ => Unavailable::Denied(describe(&error)),
@@ -103,7 +112,8 @@ impl Kcore {
             return Err(unusable("it lists no physical memory".to_owned()));
         }
         Ok(Kcore {
-            file,
+            path,
+            files: Mutex::new(vec![file]),
             flags: File::open(root.join("proc/kpageflags")).ok(),
             stretches,
             cutter: Mutex::new(Cutter::new(&expected, u64::MAX)),
@@ -120,11 +130,23 @@ impl Kcore {
 
     /// The `VMCOREINFO` note, where the kernel gives one.
     pub fn vmcoreinfo(&self) -> Option<Vec<u8>> {
-        elf::vmcoreinfo(&self.file).ok().flatten()
+        self.with_file(|file| elf::vmcoreinfo(file).ok().flatten()).ok()?
+    }
+
+    /// Gives an open file to one thread alone.
+    fn with_file<T>(&self, read: impl FnOnce(&File) -> T) -> io::Result<T> {
+        let spare = self.files.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let file = spare.map_or_else(|| File::open(&self.path), Ok)?;
+        let result = read(&file);
+        self.files
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(file);
+        Ok(result)
     }
 
     /// Physical memory at `address`; what cannot be read is zero and comes back as gaps.
-    fn fill(&self, address: u64, buffer: &mut [u8]) -> Vec<MemoryGap> {
+    fn fill(&self, file: &File, address: u64, buffer: &mut [u8]) -> Vec<MemoryGap> {
         let mut gaps = Vec::new();
         let end = address.saturating_add(buffer.len() as u64);
         let mut at = address;
@@ -142,7 +164,7 @@ impl Kcore {
             };
             let piece = part(buffer, at - address, to - at);
             match covering {
-                Some(s) => self.read(at, s.offset.saturating_add(at - s.start), piece, &mut gaps),
+                Some(s) => read(file, at, s.offset.saturating_add(at - s.start), piece, &mut gaps),
                 None => {
                     piece.fill(0);
                     let why = "RAM of /proc/iomem that /proc/kcore does not list".to_owned();
@@ -153,32 +175,37 @@ impl Kcore {
         }
         gaps
     }
+}
 
-    /// As much at a time as goes; where reading fails, one page is given up and the rest read.
-    fn read(&self, address: u64, offset: u64, buffer: &mut [u8], gaps: &mut Vec<MemoryGap>) {
-        let size = buffer.len() as u64;
-        let mut done = 0;
-        while done < size {
-            let result = crate::sys::read_at(
-                &self.file,
-                part(buffer, done, size - done),
-                offset.saturating_add(done),
-            );
-            let why = match result {
-                Ok(n) if n > 0 => {
-                    done += n as u64;
-                    continue;
-                }
-                Ok(_) => "/proc/kcore ends before it".to_owned(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => describe(&error),
-            };
-            let bad = address.saturating_add(done) / PAGE * PAGE;
-            let next = (bad + PAGE - address).min(size);
-            part(buffer, done, next - done).fill(0);
-            join(gaps, gap(address + done, address + next, Gap::Unreadable, why));
-            done = next;
+/// As much at a time as goes; where reading fails, one page is given up and the rest read.
+fn read(file: &File, address: u64, offset: u64, buffer: &mut [u8], gaps: &mut Vec<MemoryGap>) {
+    let size = buffer.len() as u64;
+    let (mut done, mut careful) = (0, 0);
+    while done < size {
+        let page = (PAGE - (address + done) % PAGE).min(size - done);
+        let want = if careful > 0 { page } else { size - done };
+        let why = match crate::sys::read_at(file, part(buffer, done, want), offset.saturating_add(done)) {
+            Ok(n) if n > 0 => {
+                done += n as u64;
+                careful = u64::saturating_sub(careful, 1);
+                continue;
+            }
+            Ok(_) => "/proc/kcore ends before it".to_owned(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => describe(&error),
+        };
+        // Which page of many is the bad one shows when they are read one by one.
+        if careful == 0 && want > page {
+            careful = CAREFUL;
+            continue;
         }
+        part(buffer, done, page).fill(0);
+        join(
+            gaps,
+            gap(address + done, address + done + page, Gap::Unreadable, why),
+        );
+        done += page;
+        careful = CAREFUL;
     }
 }
 
@@ -194,7 +221,7 @@ fn gap(start: u64, end: u64, gap: Gap, why: String) -> MemoryGap {
 /// Whether lockdown is at its strictest (kernel `security/lockdown/lockdown.c`).
 pub fn is_locked_down(root: &Path) -> bool {
     fs::read_to_string(root.join("sys/kernel/security/lockdown"))
-        .map_or(true, |text| text.contains("[confidentiality]"))
+        .is_ok_and(|text| text.contains("[confidentiality]"))
 }
 
 /// Where physical memory is in the file. `pointer` gives the value of a pointer of the kernel, by its name.
@@ -206,8 +233,13 @@ fn map(segments: &[elf::Segment], pointer: impl Fn(&str) -> Option<u64>) -> (Vec
             size: s.size,
             offset: s.offset,
         };
-        // -1 marks what is not RAM: vmalloc space, modules. Zero is an address only for the one that really starts there.
-        let mut stretches: Vec<Stretch> = segments.iter().filter(known).map(stretch).collect();
+        // -1 marks what is not RAM: vmalloc space, modules. Zero is an address only for the one that really starts there. The kernel's own
+        // text and data come last: the kernel unmaps parts of that second view of them (page table isolation), which then read
+        // as zeros although the direct map has them.
+        let of_text = |s: &&elf::Segment| s.virtual_address >= KERNEL_MAP;
+        let direct = segments.iter().filter(known).filter(|s| !of_text(s));
+        let text = segments.iter().filter(known).filter(of_text);
+        let mut stretches: Vec<Stretch> = direct.chain(text).map(stretch).collect();
         let zeros = stretches.iter().filter(|s| s.start == 0).count();
         if zeros > 1 {
             stretches.retain(|s| s.start != 0);
@@ -266,7 +298,9 @@ impl Source for Kcore {
         let read_at = Timestamp::now();
         let piece = part(buffer, 0, cut.size);
         let size = piece.len();
-        let gaps = self.fill(cut.address, piece);
+        let gaps = self
+            .with_file(|file| self.fill(file, cut.address, piece))
+            .map_err(|error| format!("/proc/kcore: {}", describe(&error)))?;
         Ok(Some(Piece {
             sequence: cut.sequence,
             starts_segment: cut.segment.is_some(),

@@ -26,6 +26,8 @@ use stillframe_evidence::{image::lime, root::Hash, text::printable};
 const MAX_MODULE: u64 = 16 << 20;
 /// LiME waits for its reader from the moment that it is loaded.
 const TO_LISTEN: Duration = Duration::from_secs(10);
+/// What the guardian gets to remove the module, twice over.
+const TO_END: Duration = Duration::from_secs(20);
 /// Longest silence of the kernel's side before the rest is given up.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -60,7 +62,8 @@ impl Module {
             info.iter()
                 .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
         };
-        if value("name") != Some("lime") {
+        // Kernels before 4.13 do not note the name there.
+        if value("name").is_some_and(|name| name != "lime") {
             return Err(wrong("it is not the module lime".to_owned()));
         }
         let vermagic = value("vermagic").unwrap_or_default();
@@ -156,11 +159,17 @@ pub fn guard() -> io::Result<()> {
             Err(_) => (),
         }
     };
+    let is_ours = loaded.is_ok();
     say(&Said::Loaded(loaded.map_err(|e| describe(&e))));
+    // One that could not be loaded is gone already, and one of that name that is there is somebody else's.
+    if !is_ours {
+        say(&Said::Removed(Ok(())));
+        return Ok(());
+    }
     let until = Instant::now() + Duration::from_secs(10);
     let removed = loop {
         match crate::sys::remove_module("lime") {
-            // ENOENT: it is not there, because loading failed or somebody else removed it.
+            // ENOENT: somebody else removed it.
             Err(error) if error.raw_os_error() == Some(2) => break Ok(()),
             Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
             result => break result,
@@ -187,7 +196,7 @@ pub struct Lime {
 struct Guardian {
     child: Child,
     /// While it is open, the guardian knows that this process lives.
-    _alive: ChildStdin,
+    alive: ChildStdin,
     said: BufReader<std::process::ChildStdout>,
 }
 
@@ -195,7 +204,6 @@ struct Stream {
     socket: TcpStream,
     cutter: Option<Cutter>,
     sequence: u64,
-    read: u64,
 }
 
 impl Lime {
@@ -226,7 +234,7 @@ impl Lime {
         writeln!(alive, "{line}").map_err(|e| wrong("no guardian", &e))?;
         let mut guardian = Guardian {
             child,
-            _alive: alive,
+            alive,
             said: BufReader::new(output),
         };
         let until = Instant::now() + TO_LISTEN;
@@ -238,7 +246,7 @@ impl Lime {
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 Err(error) => {
-                    drop(guardian._alive);
+                    drop(guardian.alive);
                     let mut line = String::new();
                     let why = match guardian
                         .said
@@ -267,26 +275,47 @@ impl Lime {
                 socket,
                 cutter: None,
                 sequence: 0,
-                read: 0,
             }),
             guardian: Mutex::new(guardian),
         })
     }
 
-    /// Ends the connection, waits for the guardian, and says what became of the module.
-    pub fn finish(self) -> Result<(), String> {
+    /// Ends the connection, waits for the guardian, and says what became of the module. The error of the first is that of its
+    /// loading: what was read is then not from it.
+    pub fn finish(self, root: &Path) -> (Result<(), String>, Result<(), String>) {
         let stream = self.stream.into_inner().unwrap_or_else(PoisonError::into_inner);
         drop(stream);
-        let mut guardian = self.guardian.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let mut removed = Err("its guardian ended without a word".to_owned());
-        let mut lines = guardian.said.lines();
-        while let Some(Ok(line)) = lines.next() {
-            if let Ok(Said::Removed(result)) = serde_json::from_str(&line) {
-                removed = result;
+        let Guardian {
+            mut child,
+            alive,
+            said,
+        } = self.guardian.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // From here on the guardian ends what the module still waits for.
+        drop(alive);
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in said.lines().map_while(Result::ok) {
+                let _ = serde_json::from_str::<Said>(&line).map(|said| tell.send(said));
+            }
+        });
+        let (mut loaded, mut removed) = (Ok(()), None);
+        let until = Instant::now() + TO_END;
+        while let Ok(said) = told.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            match said {
+                Said::Loaded(result) => loaded = result,
+                Said::Removed(result) => removed = Some(result),
             }
         }
-        let _ = guardian.child.wait();
-        removed
+        let _ = child.try_wait();
+        // A guardian that said nothing may have been killed: what the kernel lists decides.
+        let removed = removed.unwrap_or_else(|| {
+            let modules = std::fs::read_to_string(root.join("proc/modules")).unwrap_or_default();
+            match modules.lines().any(|line| line.starts_with("lime ")) {
+                true => crate::sys::remove_module("lime").map_err(|e| describe(&e)),
+                false => Ok(()),
+            }
+        });
+        (loaded, removed)
     }
 }
 
@@ -330,7 +359,6 @@ impl Source for Lime {
             .socket
             .read_exact(piece)
             .map_err(|error| format!("LiME ended at {:#x}: {}", cut.address, describe(&error)))?;
-        stream.read = stream.read.saturating_add(cut.size);
         let sequence = stream.sequence;
         stream.sequence += 1;
         Ok(Some(Piece {

@@ -8,7 +8,7 @@ use crate::{
 };
 use jiff::Timestamp;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI32, Ordering},
@@ -40,7 +40,7 @@ pub struct Limits {
     pub until: Instant,
 }
 
-/// What the caller is told, in order.
+/// What the caller is told, in order. It answers whether to go on.
 pub enum Told<'a> {
     /// A segment is ready.
     Segment(Packed),
@@ -61,9 +61,51 @@ pub struct Summary {
     pub bytes: u64,
     /// Addresses and lengths of the buffers.
     pub buffers: Vec<(u64, u64)>,
+    accounts: BTreeMap<u64, RangeAccount>,
+    /// What the last segments hold, by their number: until the store has answered, they may be missing.
+    recent: VecDeque<(u64, Vec<(u64, Tally)>)>,
 }
 
-#[derive(Default, Clone, Copy)]
+/// Segments whose store may not have answered when the stream ends, and some more.
+const RECENT: usize = 16;
+
+impl Summary {
+    /// Closes the books. `failed` is the first segment that the store did not take: it and those behind it are missing.
+    pub fn close(&mut self, failed: Option<u64>) {
+        for (number, tallies) in std::mem::take(&mut self.recent) {
+            if failed.is_none_or(|failed| number < failed) {
+                self.book(tallies);
+            }
+        }
+        for account in self.accounts.values_mut() {
+            let known = [account.read, account.zero, account.withheld, account.unreadable];
+            account.missing = known.into_iter().fold(account.size(), u64::saturating_sub);
+        }
+        self.ranges = std::mem::take(&mut self.accounts).into_values().collect();
+    }
+
+    fn book(&mut self, tallies: Vec<(u64, Tally)>) {
+        for (start, tally) in tallies {
+            if let Some(account) = self.accounts.get_mut(&start) {
+                account.read += tally.read;
+                account.zero += tally.zero;
+                account.withheld += tally.withheld;
+                account.unreadable += tally.unreadable;
+            }
+        }
+    }
+
+    fn segment(&mut self, number: u64, tallies: Vec<(u64, Tally)>) {
+        self.recent.push_back((number, tallies));
+        if self.recent.len() > RECENT
+            && let Some((_, tallies)) = self.recent.pop_front()
+        {
+            self.book(tallies);
+        }
+    }
+}
+
+#[derive(Debug, Default, Clone, Copy)]
 struct Tally {
     read: u64,
     zero: u64,
@@ -106,7 +148,7 @@ pub fn run<E>(
     limits: Limits,
     key: &KeyPages,
     cancel: &Cancel,
-    mut told: impl FnMut(Told) -> Result<(), E>,
+    mut told: impl FnMut(Told) -> Result<bool, E>,
 ) -> Result<Summary, E> {
     let shared = Shared {
         source,
@@ -128,6 +170,8 @@ pub fn run<E>(
             let (give, shared) = (give.clone(), &shared);
             let mut buffer = match LockedBuffer::new(limits.frame) {
                 Ok(buffer) => buffer,
+                // One thread is enough.
+                Err(_) if number > 0 => break,
                 Err(error) => {
                     summary.ended = Some(format!("no memory for a buffer: {error}"));
                     break;
@@ -143,9 +187,10 @@ pub fn run<E>(
                     let _ = give.send(Err(why));
                 }
             };
-            if let Err(error) = thread.spawn_scoped(scope, run) {
-                summary.ended = Some(format!("no thread: {error}"));
-                break;
+            match thread.spawn_scoped(scope, run) {
+                Ok(_) => (),
+                Err(_) if number > 0 => break,
+                Err(error) => summary.ended = Some(format!("no thread: {error}")),
             }
         }
         drop(give);
@@ -348,20 +393,18 @@ fn assemble<E>(
     cancel: &Cancel,
     made: &Receiver<Result<Made, String>>,
     summary: &mut Summary,
-    told: &mut impl FnMut(Told) -> Result<(), E>,
+    told: &mut impl FnMut(Told) -> Result<bool, E>,
 ) -> Result<(), E> {
-    let mut accounts: BTreeMap<u64, RangeAccount> = BTreeMap::new();
     for (start, size) in shared.source.expected() {
         let end = start.saturating_add(size.saturating_sub(1));
-        accounts.insert(
+        let account = RangeAccount {
             start,
-            RangeAccount {
-                start,
-                end,
-                ..RangeAccount::default()
-            },
-        );
+            end,
+            ..RangeAccount::default()
+        };
+        summary.accounts.insert(start, account);
     }
+    let mut tallies: Vec<(u64, Tally)> = Vec::new();
     let mut packer = FramePacker::new(artifact);
     let mut waiting: BTreeMap<u64, Made> = BTreeMap::new();
     let mut next = 0;
@@ -370,7 +413,7 @@ fn assemble<E>(
         blocked: Duration::ZERO,
         place: 0,
     };
-    loop {
+    'pieces: loop {
         if let Some(why) = cancel.requested()
             && summary.ended.is_none()
         {
@@ -393,33 +436,50 @@ fn assemble<E>(
             if one.starts_segment
                 && let Some(packed) = packer.segment()
             {
+                summary.segment(packed.entry.number, std::mem::take(&mut tallies));
                 let handed_over = Instant::now();
-                told(Told::Segment(packed))?;
+                let go_on = told(Told::Segment(packed))?;
                 pressure.blocked += handed_over.elapsed();
+                if !go_on {
+                    summary.ended.get_or_insert("the store took no more".to_owned());
+                    return Ok(());
+                }
             }
-            let failed = append(&mut packer, &one).err();
-            if let Some(why) = failed {
+            if let Err(why) = append(&mut packer, &one) {
                 summary.ended.get_or_insert(why);
-                return Ok(());
+                break 'pieces;
             }
-            count(&mut accounts, &one);
+            let start = range_of(&mut summary.accounts, &one);
+            match tallies.last_mut() {
+                Some((last, tally)) if *last == start => tally.add(one.tally),
+                _ => tallies.push((start, one.tally)),
+            }
             summary.bytes = summary.bytes.saturating_add(u64::from(one.frame.plain));
-            told(Told::Packed(summary.bytes, &one.gaps))?;
+            let go_on = told(Told::Packed(summary.bytes, &one.gaps))?;
             lock(&shared.spare).push(one.stored);
             lock(&shared.window).1 += 1;
             shared.moved.notify_all();
+            if !go_on {
+                summary.ended.get_or_insert("the store took no more".to_owned());
+                return Ok(());
+            }
         }
         pressure.judge(&shared.level);
     }
     if let Some(packed) = packer.segment() {
+        summary.segment(packed.entry.number, tallies);
         told(Told::Segment(packed))?;
     }
-    for account in accounts.values_mut() {
-        let known = [account.read, account.zero, account.withheld, account.unreadable];
-        account.missing = known.into_iter().fold(account.size(), u64::saturating_sub);
-    }
-    summary.ranges = accounts.into_values().collect();
     Ok(())
+}
+
+impl Tally {
+    fn add(&mut self, other: Tally) {
+        self.read += other.read;
+        self.zero += other.zero;
+        self.withheld += other.withheld;
+        self.unreadable += other.unreadable;
+    }
 }
 
 fn append(packer: &mut FramePacker, made: &Made) -> Result<(), String> {
@@ -433,33 +493,31 @@ fn append(packer: &mut FramePacker, made: &Made) -> Result<(), String> {
     Ok(())
 }
 
-fn count(accounts: &mut BTreeMap<u64, RangeAccount>, made: &Made) {
-    let known = accounts
-        .range_mut(..=made.address)
-        .next_back()
-        .map(|(_, account)| account)
-        .filter(|account| made.address <= account.end);
-    let account = match known {
-        Some(account) => account,
-        // What a source has beyond what was expected; pieces that follow each other make one range.
-        None => {
-            let last = made
-                .address
-                .saturating_add(u64::from(made.frame.plain).saturating_sub(1));
-            let before = made.address.checked_sub(1);
-            let joined = accounts.values().find(|a| Some(a.end) == before).map(|a| a.start);
-            let account = accounts
-                .entry(joined.unwrap_or(made.address))
-                .or_insert(RangeAccount {
-                    start: made.address,
-                    ..RangeAccount::default()
-                });
-            account.end = last;
-            account
+/// The start of the range that a piece is in.
+fn range_of(accounts: &mut BTreeMap<u64, RangeAccount>, made: &Made) -> u64 {
+    let last = made
+        .address
+        .saturating_add(u64::from(made.frame.plain).saturating_sub(1));
+    let before = accounts.range_mut(..=made.address).next_back();
+    match before {
+        Some((start, account)) if made.address <= account.end => {
+            // A last page that the list of RAM has only a part of.
+            account.end = account.end.max(last);
+            *start
         }
-    };
-    account.read += made.tally.read;
-    account.zero += made.tally.zero;
-    account.withheld += made.tally.withheld;
-    account.unreadable += made.tally.unreadable;
+        // What a source has beyond what was expected; pieces that follow each other make one range.
+        Some((start, account)) if account.end.checked_add(1) == Some(made.address) => {
+            account.end = last;
+            *start
+        }
+        _ => {
+            let account = RangeAccount {
+                start: made.address,
+                end: last,
+                ..RangeAccount::default()
+            };
+            accounts.insert(made.address, account);
+            made.address
+        }
+    }
 }

@@ -17,6 +17,7 @@ mod pages;
 mod proc;
 mod processes;
 mod routes;
+mod secrets;
 mod sessions;
 mod sockdiag;
 mod sockets;
@@ -72,6 +73,12 @@ pub const COLLECTORS: &[Collector] = &[
         modules::collect,
     ),
     collector("mounts", "mounts of every mount namespace", 30, mounts::collect),
+    collector(
+        "secret-mappings",
+        "memory that processes have the kernel hide (memfd_secret)",
+        60,
+        secrets::collect,
+    ),
     collector(
         "sessions",
         "logins by utmp, sessions by logind",
@@ -170,23 +177,9 @@ pub fn open_regular(path: &std::path::Path) -> io::Result<fs::File> {
     proc::open_regular(path)
 }
 
-/// The processes that have memory in `memfd_secret`, with those mappings: nobody can read it, and some crash who try.
-pub fn secret_mappings(root: &std::path::Path) -> Vec<(u32, u64, u64)> {
-    let mut found = Vec::new();
-    let Ok(processes) = proc::ProcDir::open(&root.join("proc")) else {
-        return found;
-    };
-    for pid in processes.numbers().unwrap_or_default() {
-        let maps = proc::read(&root.join(format!("proc/{pid}/maps"))).unwrap_or_default();
-        for line in proc::lines(&maps).filter(|line| line.windows(11).any(|w| w == b"/secretmem ")) {
-            let range = line.split(|b| *b == b' ').next().unwrap_or_default();
-            let mut ends = range.split(|b| *b == b'-').map(proc::hex);
-            if let (Some(Some(start)), Some(Some(end))) = (ends.next(), ends.next()) {
-                found.push((pid, start, end));
-            }
-        }
-    }
-    found
+/// Whether it is a disk.
+pub fn is_block_device(metadata: &fs::Metadata) -> bool {
+    std::os::unix::fs::FileTypeExt::is_block_device(&metadata.file_type())
 }
 
 /// Whether `path` lies on a disk of this host, and not on a network file system or in another's hands (FUSE); by the magic
@@ -201,12 +194,9 @@ pub fn is_own_disk(path: &std::path::Path) -> bool {
         0x6573_5546,
         0x517b,
     ];
-    let there = path.ancestors().find(|p| p.exists()).unwrap_or(path);
-    let there = if there.as_os_str().is_empty() {
-        std::path::Path::new(".")
-    } else {
-        there
-    };
+    // What is to be made lies where its parent does; a bare name, here.
+    let here = std::path::Path::new(".");
+    let there = path.ancestors().find(|p| p.exists()).unwrap_or(here);
     match rustix::fs::statfs(there) {
         Ok(statfs) => {
             u64::try_from(statfs.f_type).map_or(true, |magic| !ELSEWHERE.contains(&(magic & 0xffff_ffff)))

@@ -24,7 +24,7 @@ use std::{
     time::Instant,
 };
 use stillframe_evidence::{
-    chain::Chain,
+    chain::{Chain, What},
     frames::{MAX_SEGMENT, Segment},
     image::{Image, elf, lime},
     layout::Artifact,
@@ -71,6 +71,8 @@ struct Done {
     segments: usize,
     damaged: Vec<String>,
     holes: Vec<(u64, u64)>,
+    /// False when the chain was never closed: what the agent had still to say is not here.
+    complete: bool,
     symbols: Option<PathBuf>,
     no_symbols: Option<String>,
     /// How what the image says of its kernel differs from what the agent read from that kernel; nothing when there was nothing
@@ -84,6 +86,8 @@ struct Done {
 
 /// Companions that are read into memory at most; the agent reads no more of one either.
 const MAX_COMPANION: u64 = 256 << 20;
+/// Plaintext of a segment: the agent's largest have 16 MiB.
+const MAX_PLAIN: u64 = 64 << 20;
 /// Bytes of notes of an ELF core: VMCOREINFO has a page at most.
 const NOTES: usize = 8 << 10;
 
@@ -105,7 +109,10 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         );
     }
     fs::create_dir_all(&args.to).with_context(|| args.to.display().to_string())?;
-    let mut done = Done::default();
+    let mut done = Done {
+        complete: chain.closing().is_some(),
+        ..Done::default()
+    };
     let activity = ui.activity();
     for (name, entries) in &artifacts {
         let (path, into) = match name.as_str() {
@@ -119,7 +126,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
         }
         activity.now(name);
-        let written = Written::new(&path, Layout::Stream, entries)?.all(&stored, entries)?;
+        let written = Written::new(&path, Layout::Core, entries)?.all(&stored, entries)?;
         done.damaged.extend(written.damaged);
         into.push(path);
     }
@@ -129,10 +136,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     }
     drop(activity);
     done.damaged.extend(broken);
-    let code = if done.damaged.is_empty()
-        && done.no_symbols.is_none()
-        && done.differences.as_ref().is_none_or(Vec::is_empty)
-    {
+    let whole = done.damaged.is_empty() && done.holes.is_empty() && done.complete;
+    let code = if whole && done.no_symbols.is_none() && done.differences.as_ref().is_none_or(Vec::is_empty) {
         0
     } else {
         5
@@ -160,10 +165,10 @@ fn image(
         written.head(note.as_deref())?;
     }
     let file = File::open(&path).with_context(|| path.display().to_string())?;
-    let found = Image::open(&file).map_err(anyhow::Error::from).and_then(|image| {
-        done.holes = holes(chain, &image);
-        Ok(Kernel::in_image(&image)?)
-    });
+    done.holes = holes(chain, &written.ranges);
+    let found = Image::open(&file)
+        .map_err(anyhow::Error::from)
+        .and_then(|image| Ok(Kernel::in_image(&image)?));
     match found {
         Ok(mut kernel) => {
             if layout == Layout::Elf
@@ -234,25 +239,41 @@ fn table(kernel: &Kernel, types: &Types, to: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Addresses that the chain expected and the image does not have.
-fn holes(chain: &Chain, image: &Image) -> Vec<(u64, u64)> {
+/// Addresses that the chain expected and that were not written, given what was as address, offset and size.
+fn holes(chain: &Chain, written: &[(u64, u64, u64)]) -> Vec<(u64, u64)> {
     let outcome = chain.outcomes().find(|o| o.kind.as_str() == "memory");
+    let mut expected: Vec<(u64, u64)> = outcome
+        .iter()
+        .flat_map(|o| &o.ranges)
+        .map(|r| (r.start, r.end))
+        .collect();
+    if expected.is_empty() {
+        // The agent did not live to account for them.
+        let announced = chain.events().iter().find_map(|(_, event)| match &event.event {
+            What::Progress(progress) if progress.kind.as_str() == "memory" => Some(progress.ranges.clone()),
+            _ => None,
+        });
+        expected = announced.unwrap_or_default();
+    }
+    let mut have: Vec<(u64, u64)> = written
+        .iter()
+        .map(|(start, _, size)| (*start, start.saturating_add(*size)))
+        .collect();
+    have.sort_unstable();
     let mut holes = Vec::new();
-    let have = image.ranges();
-    for range in outcome.iter().flat_map(|o| &o.ranges) {
-        let mut at = range.start;
-        for (start, size) in &have {
-            let end = start.saturating_add(*size);
-            if end <= at || *start > range.end {
+    for (start, end) in expected {
+        let mut at = start;
+        for (from, to) in &have {
+            if *to <= at || *from > end {
                 continue;
             }
-            if *start > at {
-                holes.push((at, start - 1));
+            if *from > at {
+                holes.push((at, from - 1));
             }
-            at = end;
+            at = *to;
         }
-        if at <= range.end {
-            holes.push((at, range.end));
+        if at <= end {
+            holes.push((at, end));
         }
     }
     holes
@@ -344,6 +365,13 @@ fn text(done: &Done, began: Instant) -> String {
         );
         line("SHA-256", sha256.to_string());
     }
+    if !done.complete {
+        line(
+            "incomplete",
+            "the chain was never closed: the agent was killed, or its end was deleted; stillframe salvage"
+                .to_owned(),
+        );
+    }
     for (start, end) in &done.holes {
         line("hole", format!("{start:#x}-{end:#x} is not in the image"));
     }
@@ -411,8 +439,10 @@ impl std::io::Write for Digesting<'_> {
 /// Where the plaintext of segments goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// One after another, as they are.
+    /// One after another, as they are: LiME.
     Stream,
+    /// The same, but each at its place, whatever happened to those before it.
+    Core,
     /// Without the header of each range, one after another behind the head of an ELF core.
     Elf,
     /// Each at its physical address.
@@ -496,7 +526,7 @@ impl Written {
             for (index, plain) in take {
                 waiting.insert(index, plain);
                 while let Some(plain) = waiting.remove(&written.load(Ordering::Relaxed)) {
-                    written.fetch_add(1, Ordering::Relaxed);
+                    let number = written.fetch_add(1, Ordering::Relaxed);
                     match plain {
                         Ok(plain) if result.is_ok() => {
                             result = self.put(&plain, &mut at, &mut sha256);
@@ -506,14 +536,21 @@ impl Written {
                                 .push(plain.bytes);
                         }
                         Ok(_) => (),
-                        Err(why) => self.damaged.push(why),
+                        Err(why) => {
+                            self.damaged.push(why);
+                            // The places of a core's segments are fixed by its head: a hole of zeros, which was told.
+                            if self.layout == Layout::Core {
+                                let size = entries.get(number).map_or(0, |e| e.plain);
+                                at = at.saturating_add(size);
+                            }
+                        }
                     }
                 }
             }
             result
         })
         .with_context(|| self.path.display().to_string())?;
-        if self.layout == Layout::Stream {
+        if matches!(self.layout, Layout::Stream | Layout::Core) {
             // Zeros at the end were never written.
             self.file.set_len(at)?;
             self.sha256 = Some(Hash(sha256.finalize().into()));
@@ -536,7 +573,7 @@ impl Written {
     fn put(&mut self, plain: &Plain, at: &mut u64, sha256: &mut Sha256) -> Result<()> {
         self.segments += 1;
         let content = match (self.layout, plain.address) {
-            (Layout::Stream, _) => {
+            (Layout::Stream | Layout::Core, _) => {
                 sha256.update(&plain.bytes);
                 plain.bytes.as_slice()
             }
@@ -555,6 +592,12 @@ impl Written {
         }
         let size = content.len() as u64;
         if let Some(address) = plain.address {
+            let size = size
+                - if self.layout == Layout::Stream {
+                    lime::HEADER as u64
+                } else {
+                    0
+                };
             match self.ranges.last_mut() {
                 Some((start, from, length)) if *start + *length == address && *from + *length == offset => {
                     *length += size
@@ -604,6 +647,12 @@ impl Written {
 fn unpack(stored: &Stored, entry: &SegmentEntry, mut buffer: Vec<u8>) -> Result<Plain, String> {
     let key = entry.key().to_string();
     let wrong = |why: String| format!("{key}: {why}");
+    if entry.plain > MAX_PLAIN {
+        return Err(wrong(format!(
+            "{} of plaintext, more than the agent puts into one",
+            bytes(entry.plain)
+        )));
+    }
     let object = stored.get(&key, MAX_SEGMENT as u64).map_err(wrong)?;
     let segment = Segment::open(&object).map_err(|e| wrong(e.to_string()))?;
     let leaves: Vec<Hash> = segment.frames().map(|f| f.sha256).collect();

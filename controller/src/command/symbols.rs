@@ -69,6 +69,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         Some(path) => {
             let file = File::open(path).with_context(|| path.display().to_string())?;
             let image = Image::open(&file).with_context(|| path.display().to_string())?;
+            if let Some(why) = image.cut() {
+                ui.warn(&format!(
+                    "{}: the file was cut off {why}",
+                    printable(path.as_os_str().as_encoded_bytes())
+                ));
+            }
             let mut kernel = Kernel::in_image(&image).with_context(|| path.display().to_string())?;
             kernel.btf = kernel.btf.or(btf);
             kernel

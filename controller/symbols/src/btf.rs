@@ -8,6 +8,10 @@ pub const MAGIC: [u8; 8] = [0x9f, 0xeb, 1, 0, 24, 0, 0, 0];
 /// The largest that is read; those of distributions have 4 to 7 MB.
 pub const MAX: u64 = 64 << 20;
 const HEADER: usize = 24;
+/// Bytes of names, each as often as it is referred to: a kernel has 6 MB of them.
+const MAX_NAMES: usize = 128 << 20;
+/// Bytes of one name (`KSYM_NAME_LEN`).
+const MAX_NAME: usize = 512;
 
 /// A type. Types refer to each other by id; 0 is void.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +115,12 @@ pub struct Types(Vec<Type>);
 
 struct Cursor<'a>(&'a [u8]);
 
+/// The strings, and how much of them may still be copied.
+struct Names<'a> {
+    strings: &'a [u8],
+    left: usize,
+}
+
 impl Cursor<'_> {
     fn u32(&mut self) -> Result<u32, Error> {
         let (word, rest) = self
@@ -125,7 +135,7 @@ impl Cursor<'_> {
 /// Bytes of the whole, by the header at the start of `bytes`; nothing when it is none.
 pub fn size(bytes: &[u8]) -> Option<u64> {
     let (types, strings) = sections(bytes)?;
-    Some(HEADER as u64 + types.1.max(0) + strings.1)
+    Some(HEADER as u64 + types.1 + strings.1)
 }
 
 /// Offset behind the header and length of the types and of the strings.
@@ -154,9 +164,13 @@ impl Types {
         if strings.first() != Some(&0) {
             return Err(Error::Btf("its strings do not start with an empty one"));
         }
+        let mut names = Names {
+            strings,
+            left: MAX_NAMES,
+        };
         let mut list = vec![Type::Other];
         while !rest.0.is_empty() {
-            list.push(one(&mut rest, strings)?);
+            list.push(one(&mut rest, &mut names)?);
         }
         let types = Types(list);
         types.check()?;
@@ -202,11 +216,12 @@ impl Types {
     }
 }
 
-fn one(rest: &mut Cursor, strings: &[u8]) -> Result<Type, Error> {
+fn one(rest: &mut Cursor, names: &mut Names) -> Result<Type, Error> {
     let name_at = rest.u32()?;
     let info = rest.u32()?;
     let size = rest.u32()?;
-    let name = || text(strings, name_at);
+    let own_name = names.text(name_at)?;
+    let name = || Ok::<_, Error>(own_name.clone());
     let flag = info >> 31 == 1;
     let count = info & 0xffff;
     Ok(match info >> 24 & 0x1f {
@@ -231,7 +246,7 @@ fn one(rest: &mut Cursor, strings: &[u8]) -> Result<Type, Error> {
         kind @ (4 | 5) => {
             let mut members = Vec::new();
             for _ in 0..count {
-                let (name, target, offset) = (text(strings, rest.u32()?)?, rest.u32()?, rest.u32()?);
+                let (name, target, offset) = (names.text(rest.u32()?)?, rest.u32()?, rest.u32()?);
                 let (bit_offset, bits) = if flag {
                     (offset & 0xff_ffff, offset >> 24)
                 } else {
@@ -254,7 +269,7 @@ fn one(rest: &mut Cursor, strings: &[u8]) -> Result<Type, Error> {
         kind @ (6 | 19) => {
             let mut constants = Vec::new();
             for _ in 0..count {
-                let name = text(strings, rest.u32()?)?;
+                let name = names.text(rest.u32()?)?;
                 let low = rest.u32()?;
                 let value = match (kind, flag) {
                     (6, true) => i128::from(low.cast_signed()),
@@ -315,13 +330,21 @@ fn one(rest: &mut Cursor, strings: &[u8]) -> Result<Type, Error> {
     })
 }
 
-fn text(strings: &[u8], at: u32) -> Result<String, Error> {
-    let wrong = Error::Btf("refers to a name that it does not have");
-    let rest = usize::try_from(at).ok().and_then(|at| strings.get(at..));
-    let text = rest.and_then(|rest| rest.split(|b| *b == 0).next());
-    match text.map(std::str::from_utf8) {
-        Some(Ok(text)) if text.len() <= 4096 => Ok(text.to_owned()),
-        _ => Err(wrong),
+impl Names<'_> {
+    fn text(&mut self, at: u32) -> Result<String, Error> {
+        let rest = usize::try_from(at).ok().and_then(|at| self.strings.get(at..));
+        let text = rest
+            .and_then(|rest| rest.split(|b| *b == 0).next())
+            .map(std::str::from_utf8);
+        match text {
+            Some(Ok(text)) if text.len() <= MAX_NAME && text.len() <= self.left => {
+                self.left -= text.len();
+                Ok(text.to_owned())
+            }
+            _ => Err(Error::Btf(
+                "refers to a name that it does not have, or has more of them than any kernel",
+            )),
+        }
     }
 }
 

@@ -19,10 +19,12 @@ use stillframe_evidence::image::Image;
 
 /// What one thread reads at a time.
 const WINDOW: u64 = 8 << 20;
-/// What windows overlap by: more than the longest pattern.
-const OVERLAP: u64 = 64;
-/// Hits of one kind that are looked at: an image may be full of them on purpose.
+/// What windows overlap by: enough to judge a hit at the end of one.
+const OVERLAP: u64 = tables::INDEX;
+/// Hits of one kind that are looked at, after each was found to have the right form: an image may be full of them on purpose.
 const MAX_HITS: usize = 4096;
+/// Different notes that are tried. Some are old copies.
+const MAX_NOTES: usize = 32;
 /// Kernel text is aligned to 2 MiB (`CONFIG_PHYSICAL_ALIGN`), and so is where it was moved to.
 const ALIGNED: u64 = 2 << 20;
 /// A banner is one line.
@@ -30,7 +32,7 @@ const MAX_BANNER: usize = 1024;
 
 #[derive(Default)]
 struct Hits {
-    notes: BTreeSet<u64>,
+    notes: Vec<Vmcoreinfo>,
     digits: BTreeSet<u64>,
     banners: BTreeSet<u64>,
     types: BTreeSet<u64>,
@@ -42,9 +44,8 @@ const BANNER: &[u8] = b"Linux version ";
 /// The kernel of an image.
 pub fn kernel(image: &Image) -> Result<Kernel, Error> {
     let hits = scan(image)?;
-    let notes: Vec<Vmcoreinfo> = hits.notes.iter().filter_map(|at| note(image, *at)).collect();
     for at in &hits.digits {
-        if let Some(found) = at_tables(image, *at, &notes, &hits)? {
+        if let Some(found) = at_tables(image, *at, &hits)? {
             return Ok(found);
         }
     }
@@ -90,29 +91,46 @@ fn scan(image: &Image) -> Result<Hits, Error> {
             });
         }
     });
+    let hits = hits.into_inner().unwrap_or_else(PoisonError::into_inner);
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        Some(error) => Err(error.into()),
-        None => Ok(hits.into_inner().unwrap_or_else(PoisonError::into_inner)),
+        Some(error) if hits.digits.is_empty() => Err(error.into()),
+        _ => Ok(hits),
     }
 }
 
 fn look(start: u64, bytes: &[u8], hits: &Mutex<Hits>) {
-    let find = |pattern: &[u8]| -> Vec<u64> {
-        Finder::new(pattern)
-            .find_iter(bytes)
-            .map(|at| start + at as u64)
-            .take(MAX_HITS)
-            .collect()
-    };
-    let (notes, digits, banners, types) = (find(NOTE), find(tables::DIGITS), find(BANNER), find(&btf::MAGIC));
+    let find = |pattern: &[u8]| -> Vec<usize> { Finder::new(pattern).find_iter(bytes).collect() };
+    let at = |offset: usize| start + offset as u64;
+    let notes: Vec<Vmcoreinfo> = find(NOTE)
+        .into_iter()
+        .filter_map(|offset| note(bytes.get(offset..)?))
+        .take(MAX_NOTES)
+        .collect();
+    let digits: Vec<u64> = tables::candidates(bytes)
+        .into_iter()
+        .map(at)
+        .take(MAX_HITS)
+        .collect();
+    let banners: Vec<u64> = find(BANNER).into_iter().map(at).take(MAX_HITS).collect();
+    let header = |offset: &usize| bytes.get(*offset..).and_then(btf::size).is_some();
+    let types: Vec<u64> = find(&btf::MAGIC)
+        .into_iter()
+        .filter(header)
+        .map(at)
+        .take(MAX_HITS)
+        .collect();
     let mut hits = hits.lock().unwrap_or_else(PoisonError::into_inner);
+    for note in notes {
+        if hits.notes.len() < MAX_NOTES && !hits.notes.contains(&note) {
+            hits.notes.push(note);
+        }
+    }
     let keep = |to: &mut BTreeSet<u64>, from: Vec<u64>| {
         to.extend(from);
         while to.len() > MAX_HITS {
             to.pop_last();
         }
     };
-    keep(&mut hits.notes, notes);
     keep(&mut hits.digits, digits);
     keep(&mut hits.banners, banners);
     keep(&mut hits.types, types);
@@ -124,26 +142,32 @@ fn read(image: &Image, at: u64, size: usize) -> Result<Vec<u8>, io::Error> {
     Ok(bytes)
 }
 
-fn note(image: &Image, at: u64) -> Option<Vmcoreinfo> {
-    let note = Vmcoreinfo::parse(&read(image, at, vmcoreinfo::MAX).ok()?)?;
-    // A kernel's own, and whole.
+/// A kernel's own note, and whole.
+fn note(bytes: &[u8]) -> Option<Vmcoreinfo> {
+    let note = Vmcoreinfo::parse(bytes.get(..vmcoreinfo::MAX).unwrap_or(bytes))?;
     (note.kernel_offset().is_some() && note.phys_base().is_some() && note.symbol("swapper_pg_dir").is_some())
         .then_some(note)
 }
 
 /// The kernel whose token table has its digits at `at`.
-fn at_tables(image: &Image, at: u64, notes: &[Vmcoreinfo], hits: &Hits) -> Result<Option<Kernel>, Error> {
+fn at_tables(image: &Image, at: u64, hits: &Hits) -> Result<Option<Kernel>, Error> {
     // The tables are aligned by their addresses, so what is read must be, too.
     let start = at.saturating_sub(tables::BEFORE) / 4096 * 4096;
     let size = usize::try_from(at - start + tables::BEHIND).unwrap_or(0);
     let bytes = read(image, start, size)?;
     let digits = usize::try_from(at - start).unwrap_or(0);
     // Which of the notes is this kernel's shows in its banner; a kernel without one is found by its banner alone.
-    for note in notes.iter().map(Some).chain([None]) {
+    // Most layouts say by themselves at which addresses the kernel ran.
+    let by_itself = tables::decode(&bytes, digits, |_| None);
+    for note in hits.notes.iter().map(Some).chain([None]) {
         let base = note.and_then(Vmcoreinfo::phys_base);
         let virtual_of = |base: u64, at: u64| KERNEL_MAP.wrapping_add(at.wrapping_sub(base));
         let address_of = |offset: usize| Some(virtual_of(base?, start.checked_add(offset as u64)?));
-        let Some(Tables { symbols, places }) = tables::decode(&bytes, digits, address_of) else {
+        let with_note = match by_itself {
+            Some(_) => None,
+            None => tables::decode(&bytes, digits, address_of),
+        };
+        let Some(Tables { symbols, places }) = by_itself.as_ref().or(with_note.as_ref()) else {
             continue;
         };
         let Some(banner_at) = symbols
@@ -172,17 +196,17 @@ fn at_tables(image: &Image, at: u64, notes: &[Vmcoreinfo], hits: &Hits) -> Resul
             if !banner.starts_with(prefix) || !banner.ends_with(b"\n") {
                 continue;
             }
-            let btf = types(image, &symbols, physical, hits)?;
+            let btf = types(image, symbols, physical, hits)?;
             let tables = places
                 .iter()
                 .map(|(name, offset)| ((*name).to_owned(), virtual_of(base, start + *offset as u64)));
             return Ok(Some(Kernel {
                 banner: banner.to_vec(),
-                offset: kernel_offset(note, &symbols),
+                offset: kernel_offset(note, symbols),
                 vmcoreinfo: note.cloned(),
                 btf,
                 tables: tables.collect(),
-                symbols,
+                symbols: symbols.clone(),
             }));
         }
     }

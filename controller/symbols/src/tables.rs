@@ -21,6 +21,11 @@ pub const BEHIND: u64 = 8 << 20;
 /// Symbols of one kernel: the smallest that runs has tens of thousands, and no distribution reaches a million.
 const SYMBOLS: Range<u32> = 1000..4_000_000;
 
+/// Places that look like markers and are tried: in a kernel the nearest is right.
+const MAX_MARKERS: usize = 64;
+/// Characters of a name, with its type letter (`KSYM_NAME_LEN`).
+const MAX_NAME: usize = 512;
+
 /// The digits in the token table: `0`, `1`, … `9` are always tokens of themselves.
 pub const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
 
@@ -54,14 +59,16 @@ struct Tokens<'a> {
 /// that is known.
 pub fn decode(bytes: &[u8], digits: usize, address_of: impl Fn(usize) -> Option<u64>) -> Option<Tables> {
     let tokens = tokens(bytes, digits)?;
-    let found = markers(bytes, tokens.table).find_map(|(markers, count)| {
-        // What follows the markers may by chance look like one or two more.
-        let counts = (count.saturating_sub(2)..=count).rev();
-        let mut found = counts.filter_map(|count| names(bytes, markers, count, &tokens));
-        found
-            .next()
-            .map(|(num_syms, names, ends)| (markers, num_syms, names, ends))
-    });
+    let found = markers(bytes, tokens.table)
+        .take(MAX_MARKERS)
+        .find_map(|(markers, count)| {
+            // What follows the markers may by chance look like one or two more.
+            let counts = (count.saturating_sub(2)..=count).rev();
+            let mut found = counts.filter_map(|count| names(bytes, markers, count, &tokens));
+            found
+                .next()
+                .map(|(num_syms, names, ends)| (markers, num_syms, names, ends))
+        });
     let (markers, num_syms, names, ends) = found?;
     let count = ends.len();
     let mut places = vec![
@@ -252,7 +259,7 @@ fn length(bytes: &[u8], at: usize) -> Option<(usize, usize)> {
         return (first > 0).then_some((first, 1));
     }
     let second = usize::from(*bytes.get(at + 1)?);
-    Some((first & 0x7f | second << 7, 2))
+    Some((first & 0x7f | second << 7, 2)).filter(|(length, _)| *length <= MAX_NAME)
 }
 
 fn symbol(name: &[u8], address: u64, tokens: &Tokens) -> Option<Symbol> {
@@ -260,6 +267,9 @@ fn symbol(name: &[u8], address: u64, tokens: &Tokens) -> Option<Symbol> {
     let mut text = Vec::new();
     for token in name.get(header..)? {
         text.extend_from_slice(tokens.tokens.get(usize::from(*token))?);
+        if text.len() > MAX_NAME {
+            return None;
+        }
     }
     let (kind, name) = text.split_first()?;
     let printable = name.iter().all(u8::is_ascii_graphic) && kind.is_ascii_alphabetic();
@@ -270,10 +280,17 @@ fn symbol(name: &[u8], address: u64, tokens: &Tokens) -> Option<Symbol> {
     })
 }
 
-/// Where the digits of a token table stand in `bytes`.
+/// Where the digits of a token table stand in `bytes`, which must start at an address that is a multiple of 8; each has its index
+/// behind it, within [`INDEX`].
 pub fn candidates(bytes: &[u8]) -> Vec<usize> {
-    Finder::new(DIGITS).find_iter(bytes).collect()
+    Finder::new(DIGITS)
+        .find_iter(bytes)
+        .filter(|at| tokens(bytes, *at).is_some())
+        .collect()
 }
+
+/// Bytes behind the digits in which the index of a token table starts and ends.
+pub const INDEX: u64 = 16 << 10;
 
 #[cfg(test)]
 mod tests {

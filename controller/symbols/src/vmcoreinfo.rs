@@ -26,11 +26,7 @@ const TABLES: [&str; 6] = [
 impl Vmcoreinfo {
     /// Nothing when it is not one.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let text = bytes
-            .split(|b| *b == 0)
-            .next()?
-            .get(..)
-            .filter(|t| t.len() <= MAX)?;
+        let text = bytes.split(|b| *b == 0).next().filter(|t| t.len() <= MAX)?;
         if !text.starts_with(b"OSRELEASE=") {
             return None;
         }

@@ -2,7 +2,7 @@
 //! format, then the length of that stream as a u64 (AVML 0.21.0, `src/image.rs`, `src/io/snappy.rs`; snappy's
 //! `framing_format.txt`). A chunk holds at most 64 KiB and is compressed for itself, so any of them can be read alone.
 
-use super::{Bytes, Content, MAX_RUNS, NotAnImage, Run};
+use super::{Bytes, Content, MAX_RUNS, Map, NotAnImage, Run, cut_off};
 use std::io::{self, Read as _};
 
 /// The first four bytes.
@@ -50,18 +50,19 @@ fn plain_size(kind: u8, length: u32, head: &[u8]) -> Option<u32> {
     (plain <= MAX_PLAIN).then_some(plain)
 }
 
-pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage> {
+pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Map, NotAnImage> {
     let wrong = |at, why| NotAnImage::Malformed {
         format: "AVML",
         at,
         why,
     };
     let mut runs = Vec::new();
-    let mut at = 0;
-    while at < size {
+    let (mut at, mut cut) = (0, None);
+    'ranges: while at < size {
         let mut head = [0; super::lime::HEADER];
         if size - at < HEADER {
-            return Err(wrong(at, "ends within a header"));
+            cut = cut_off(at, "ends within a header");
+            break;
         }
         bytes.read_at(at, &mut head)?;
         // The same header but for these two words.
@@ -84,12 +85,14 @@ pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage>
             let head = head.get_mut(..there).unwrap_or_default();
             bytes.read_at(at, head)?;
             let [kind, a, b, c, rest @ ..] = &*head else {
-                return Err(wrong(at, "ends within a chunk: it was cut off"));
+                cut = cut_off(at, "ends within a chunk");
+                break 'ranges;
             };
             let length = u32::from_le_bytes([*a, *b, *c, 0]);
             let stored = length + 4;
             if u64::from(stored) > size - at {
-                return Err(wrong(at, "ends within a chunk: it was cut off"));
+                cut = cut_off(at, "ends within a chunk");
+                break 'ranges;
             }
             match *kind {
                 COMPRESSED | UNCOMPRESSED if length >= 4 && stored <= MAX_STORED => {
@@ -116,7 +119,8 @@ pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage>
         }
         let mut trailer = [0; 8];
         if size - at < 8 {
-            return Err(wrong(at, "ends before the length of its stream"));
+            cut = cut_off(at, "ends before the length of its stream");
+            break;
         }
         bytes.read_at(at, &mut trailer)?;
         if u64::from_le_bytes(trailer) != at - stream {
@@ -124,5 +128,5 @@ pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage>
         }
         at += 8;
     }
-    Ok(runs)
+    Ok(Map { runs, cut })
 }

@@ -1,7 +1,7 @@
 //! ELF cores of a kernel: `PT_LOAD` segments with physical addresses, and the `VMCOREINFO` note (System V ABI, chapter 5;
 //! `Documentation/admin-guide/kdump/vmcoreinfo.rst`). 64 bit, little endian.
 
-use super::{Bytes, Content, NotAnImage, Run};
+use super::{Bytes, Content, Map, NotAnImage, Run, cut_off};
 
 /// The first four bytes.
 pub const MAGIC: [u8; 4] = *b"\x7fELF";
@@ -120,34 +120,47 @@ pub fn segments(bytes: &dyn Bytes) -> Result<Vec<Segment>, NotAnImage> {
     Ok(segments)
 }
 
-pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage> {
-    let mut runs: Vec<Run> = Vec::new();
-    for segment in segments(bytes)?.into_iter().filter(|s| s.load && s.size > 0) {
-        if segment
-            .offset
-            .checked_add(segment.size)
-            .is_none_or(|end| end > size)
-        {
-            return Err(wrong(
+pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Map, NotAnImage> {
+    let (mut runs, mut cut): (Vec<Run>, _) = (Vec::new(), None);
+    let loads: Vec<Segment> = segments(bytes)?
+        .into_iter()
+        .filter(|s| s.load && s.size > 0)
+        .collect();
+    if loads.len() > 1 && loads.iter().all(|s| s.physical_address == 0) {
+        return Err(wrong(
+            0,
+            "its segments have no physical addresses: the core of a process, not of a kernel",
+        ));
+    }
+    for segment in loads {
+        let there = size.saturating_sub(segment.offset).min(segment.size);
+        if there < segment.size {
+            cut = cut_off(
                 segment.offset,
-                "a segment is longer than the file: it was cut off",
-            ));
+                "a segment is longer than what is left of the file",
+            );
         }
         runs.push(Run {
             start: segment.physical_address,
-            size: segment.size,
+            size: there,
             content: Content::Plain(segment.offset),
         });
     }
-    // The kernel's own text is listed a second time, under its other virtual address.
+    // The kernel's own text is listed a second time, under its other virtual address; what two have in common counts once.
     runs.sort_by_key(|run| (run.start, std::cmp::Reverse(run.size)));
     let mut end = 0;
-    runs.retain(|run| {
-        let new = run.start >= end;
-        end = end.max(run.start.saturating_add(run.size));
-        new
+    runs.retain_mut(|run| {
+        let last = run.start.saturating_add(run.size);
+        let known = u64::saturating_sub(end, run.start).min(run.size);
+        if let Content::Plain(offset) = &mut run.content {
+            *offset = offset.saturating_add(known);
+        }
+        run.start = run.start.saturating_add(known);
+        run.size -= known;
+        end = end.max(last);
+        run.size > 0
     });
-    Ok(runs)
+    Ok(Map { runs, cut })
 }
 
 /// The content of the note called `VMCOREINFO`, if there is one.

@@ -1,7 +1,7 @@
 //! LiME: for each range a header of 32 bytes, little endian, `u32 0x4c694d45, u32 version = 1, u64 first address, u64 last
 //! address, u64 0`, and then its bytes (LiME 1.9.1, `src/lime.h` and `doc/README.md`).
 
-use super::{Bytes, Content, MAX_RUNS, NotAnImage, Run};
+use super::{Bytes, Content, MAX_RUNS, Map, NotAnImage, Run, cut_off};
 
 /// The first four bytes.
 pub const MAGIC: [u8; 4] = 0x4c69_4d45_u32.to_le_bytes();
@@ -31,25 +31,27 @@ pub fn parse(header: &[u8; HEADER]) -> Option<(u64, u64)> {
         .then_some((start, end))
 }
 
-pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage> {
+pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Map, NotAnImage> {
     let wrong = |at, why| NotAnImage::Malformed {
         format: "LiME",
         at,
         why,
     };
     let mut runs = Vec::new();
-    let mut at = 0;
+    let (mut at, mut cut) = (0, None);
     while at < size {
         let mut head = [0; HEADER];
         if size - at < HEADER as u64 {
-            return Err(wrong(at, "ends within a header"));
+            cut = cut_off(at, "ends within a header");
+            break;
         }
         bytes.read_at(at, &mut head)?;
         let (start, end) = parse(&head).ok_or(wrong(at, "no header of a range where one must be"))?;
         let content = at + HEADER as u64;
-        let length = end - start + 1;
+        let mut length = end - start + 1;
         if length > size - content {
-            return Err(wrong(at, "the range is longer than the file: it was cut off"));
+            cut = cut_off(at, "the range is longer than what is left of the file");
+            length = size - content;
         }
         if runs.len() >= MAX_RUNS {
             return Err(wrong(at, "more ranges than are read"));
@@ -61,5 +63,5 @@ pub(super) fn runs(bytes: &dyn Bytes, size: u64) -> Result<Vec<Run>, NotAnImage>
         });
         at = content + length;
     }
-    Ok(runs)
+    Ok(Map { runs, cut })
 }

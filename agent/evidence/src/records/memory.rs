@@ -65,8 +65,6 @@ pub enum Gap {
     Unreadable,
     /// Kept back: by the kernel, or by the agent because it holds this capture's key.
     Withheld,
-    /// Never read: the capture was stopped, or the store failed.
-    Missing,
     /// Of a process: nothing is there yet, or it lies in a file and was never touched.
     NotResident,
 }
@@ -80,8 +78,6 @@ pub struct SecretMapping {
     pub start: u64,
     /// The address behind the last.
     pub end: u64,
-    /// True for the agent's own: the key of this capture.
-    pub own: bool,
 }
 
 /// A mapping of a process whose memory was captured.

@@ -149,12 +149,18 @@ struct Watched {
 }
 
 impl KeyPages {
-    fn of(mapping: &Mapping) -> io::Result<Self> {
-        Ok(KeyPages(Some(Arc::new(Watched {
+    /// Unknown where the kernel has no page map.
+    fn of(mapping: &Mapping) -> Self {
+        let watched = |pagemap| Watched {
             place: mapping.place(),
-            pagemap: File::open("/proc/self/pagemap")?,
+            pagemap,
             seen: Mutex::default(),
-        }))))
+        };
+        KeyPages(
+            File::open("/proc/self/pagemap")
+                .ok()
+                .map(|pagemap| Arc::new(watched(pagemap))),
+        )
     }
 
     /// Those between `address` and `size` bytes behind it: first address and the one behind the last.
@@ -210,13 +216,7 @@ pub struct Vault {
     answers: Mutex<Receiver<[u8; 64]>>,
     pages: KeyPages,
     kind: &'static str,
-    thread: libc::pthread_t,
-    _mapping: Mapping,
 }
-
-// SAFETY: a `pthread_t` is a name that any thread may use; the rest is `Send` by itself.
-#[allow(unsafe_code)]
-unsafe impl Send for Vault {}
 
 impl Vault {
     /// Makes a key. `hidden` allows `memfd_secret`: not where something will read physical memory with no regard to what
@@ -232,28 +232,32 @@ impl Vault {
         };
         let locked = mapping.lock();
         mapping.keep_private();
-        let pages = KeyPages::of(&mapping)?;
-        let kind = if locked.is_err() && kind != "memfd_secret" {
-            "pages that could not be locked, left out of the image"
-        } else {
-            kind
-        };
+        // The thread's own record is in there too, and nobody can say when it has left it: the pages stay until the process ends.
+        let mapping = std::mem::ManuallyDrop::new(mapping);
+        let pages = KeyPages::of(&mapping);
         let (ask, asked) = channel();
         let (answer, answers) = channel();
         let (ready, made) = channel();
         let job = Box::new(Job { asked, answer, ready });
-        let thread = start(&mapping, job)?;
+        start(&mapping, job)?;
         let public = made
             .recv()
             .map_err(|_| io::Error::other("no randomness for the key"))?;
+        let unknown = pages.inside(0, u64::MAX).is_empty();
+        let kind = match (kind, unknown, locked) {
+            ("memfd_secret", ..) => kind,
+            (_, true, _) => {
+                "pages whose physical addresses the kernel does not tell: the key is in the image"
+            }
+            (_, false, Err(_)) => "pages that could not be locked, left out of the image",
+            (_, false, Ok(())) => kind,
+        };
         Ok(Vault {
             public,
             ask: Some(ask),
             answers: Mutex::new(answers),
             pages,
             kind,
-            thread,
-            _mapping: mapping,
         })
     }
 
@@ -281,14 +285,10 @@ impl Signatory for Vault {
     }
 }
 
+/// The thread ends, and wipes the key, when nobody can ask it any more.
 impl Drop for Vault {
     fn drop(&mut self) {
         self.ask = None;
-        // SAFETY: the thread is joined once, here, and ends because nobody can ask it any more. Only then is its stack unmapped.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::pthread_join(self.thread, std::ptr::null_mut());
-        }
     }
 }
 
@@ -299,7 +299,7 @@ struct Job {
 }
 
 /// A thread whose stack is `mapping`.
-fn start(mapping: &Mapping, job: Box<Job>) -> io::Result<libc::pthread_t> {
+fn start(mapping: &Mapping, job: Box<Job>) -> io::Result<()> {
     extern "C" fn run(job: *mut c_void) -> *mut c_void {
         // SAFETY: `job` is the box that `start` gave away, and this is the only place that takes it.
         #[allow(unsafe_code)]
@@ -312,18 +312,25 @@ fn start(mapping: &Mapping, job: Box<Job>) -> io::Result<libc::pthread_t> {
         code => Err(io::Error::from_raw_os_error(code)),
     };
     let job = Box::into_raw(job);
-    // SAFETY: the attributes are initialised before they are used and destroyed after; the stack is a live mapping of that
-    // size, which outlives the thread (see `Vault::drop`); `job` goes to the thread, or is taken back when there is none.
+    // SAFETY: the attributes are initialised before they are used and destroyed after; the stack is a mapping of that size that is
+    // never unmapped; `job` goes to the thread, or is taken back when there is none. The thread is detached: joining waits on a
+    // futex in the thread's own record, and the kernel has no futexes in secret memory.
     #[allow(unsafe_code)]
     unsafe {
         let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
         let mut thread: libc::pthread_t = std::mem::zeroed();
-        let result = failed(libc::pthread_attr_init(&raw mut attributes)).and_then(|()| {
-            let result = failed(libc::pthread_attr_setstack(
+        let made = failed(libc::pthread_attr_init(&raw mut attributes)).and_then(|()| {
+            let made = failed(libc::pthread_attr_setdetachstate(
                 &raw mut attributes,
-                mapping.start.as_ptr(),
-                mapping.size,
+                libc::PTHREAD_CREATE_DETACHED,
             ))
+            .and_then(|()| {
+                failed(libc::pthread_attr_setstack(
+                    &raw mut attributes,
+                    mapping.start.as_ptr(),
+                    mapping.size,
+                ))
+            })
             .and_then(|()| {
                 failed(libc::pthread_create(
                     &raw mut thread,
@@ -333,15 +340,12 @@ fn start(mapping: &Mapping, job: Box<Job>) -> io::Result<libc::pthread_t> {
                 ))
             });
             libc::pthread_attr_destroy(&raw mut attributes);
-            result
+            made
         });
-        match result {
-            Ok(()) => Ok(thread),
-            Err(error) => {
-                drop(Box::from_raw(job));
-                Err(error)
-            }
+        if made.is_err() {
+            drop(Box::from_raw(job));
         }
+        made
     }
 }
 

@@ -1,0 +1,160 @@
+//! Captures that came out of a guest, received and fetched as a responder does it.
+
+use crate::{
+    fill::{Found, PAGE},
+    guest::{Guest, Machine, Ran},
+    programs, store,
+};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::Command,
+};
+use stillframe_evidence::image::Image;
+
+/// Three processes with names of their own, one that listens, and what holds them.
+pub const MARKERS: &str = r#"
+mkfifo /run/hold
+for n in one two three; do cp /lab /run/marker-$n; (exec 3<>/run/hold; exec /run/marker-$n wait <&3) & done
+ip link set lo up; nc -l -p 4321 < /run/hold &
+"#;
+/// `$FILL` MiB of pages that carry their own identity.
+pub const FILL: &str = r#"
+(exec 3<>/run/hold; exec /lab fill $FILL <&3 > /run/filled) &
+until grep -q FILLED /run/filled 2>/dev/null; do sleep 1; done
+"#;
+/// A capture of memory to the disk, past the page cache: through it the image would push out a good part of what it is an image of.
+pub const CAPTURE: &str = r#"
+echo "AGENT ENDED $( ( (/stillframe-agent capture --case guest --profile memory --store - $MORE 2> /dev/console; echo $? >&3) | dd of="$1" bs=256k iflag=fullblock oflag=direct conv=sync 2> /dev/null ) 3>&1 )"
+"#;
+/// What /proc/modules says.
+pub const MODULES: &str = "echo MODULES BEGIN; cat /proc/modules; echo MODULES END\n";
+
+/// A capture that came out of a guest.
+pub struct Captured {
+    /// What the guest's script printed.
+    pub console: String,
+    /// The store.
+    pub base: PathBuf,
+    /// What `stillframe fetch` wrote.
+    pub fetched: PathBuf,
+    /// What it told.
+    pub told: Value,
+    _folder: tempfile::TempDir,
+}
+
+impl Captured {
+    /// Receives the stream on a guest's disk, and fetches.
+    pub fn from(ran: &Ran) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let base = folder.path().join("store");
+        let mut receive = Command::new(programs::controller()?);
+        let received = receive
+            .args(["receive", "--store"])
+            .arg(&base)
+            .stdin(File::open(&ran.disk)?)
+            .output()?;
+        ensure!(received.status.code() == Some(0), "{received:?}\n{}", ran.console);
+        let fetched = folder.path().join("fetched");
+        let told = fetch(&base, &fetched, &[])?;
+        Ok(Captured {
+            console: ran.console.clone(),
+            base,
+            fetched,
+            told,
+            _folder: folder,
+        })
+    }
+
+    /// The image.
+    pub fn image(&self) -> PathBuf {
+        self.fetched.join("image.lime")
+    }
+}
+
+/// A path as an argument.
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap_or("a path that is not UTF-8")
+}
+
+/// `stillframe symbols` to a file, as JSON.
+pub fn symbols(arguments: &[&str]) -> Result<Value> {
+    let folder = tempfile::tempdir()?;
+    let to = folder.path().join("isf.json");
+    let output = store::stillframe(&[&["symbols", "--to", text(&to)], arguments].concat())?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(serde_json::from_slice(&std::fs::read(to)?)?)
+}
+
+/// Every page of an image: its physical address and its bytes.
+pub fn pages(path: &Path, mut each: impl FnMut(u64, &[u8])) -> Result<()> {
+    let file = File::open(path)?;
+    let image = Image::open(&file)?;
+    let mut buffer = vec![0; 1 << 20];
+    for (start, size) in image.ranges() {
+        let mut at = 0;
+        while at < size {
+            let n = usize::try_from((size - at).min(1 << 20))?;
+            ensure!(
+                image.read(start + at, &mut buffer[..n])? == n,
+                "a hole at {at:#x}"
+            );
+            for (index, page) in (0u64..).zip(buffer[..n].chunks(PAGE)) {
+                each(start + at + index * PAGE as u64, page);
+            }
+            at += n as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Fails unless each of so many pages with an identity is in the image once, and whole.
+pub fn every_identity_is_there(image: &Path, count: u64) -> Result<()> {
+    let mut found = Found::default();
+    pages(image, |_, page| found.look(page))?;
+    ensure!(found.wrong == 0, "{} pages are wrong", found.wrong);
+    ensure!(
+        found.whole.len() as u64 == count,
+        "{} of {count} pages are there",
+        found.whole.len()
+    );
+    ensure!(found.whole.values().all(|n| *n == 1), "a page is there twice");
+    Ok(())
+}
+
+/// `stillframe fetch`, and what it told.
+pub fn fetch(base: &Path, to: &Path, more: &[&str]) -> Result<Value> {
+    let arguments = [
+        "fetch",
+        "latest",
+        "--store",
+        text(base),
+        "--to",
+        text(to),
+        "--output",
+        "json",
+    ];
+    let output = store::stillframe(&[&arguments[..], more].concat())?;
+    serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))
+}
+
+/// Boots a guest that has the agent and the lab's own program.
+pub fn boot(machine: &Machine, script: &str) -> Result<Guest> {
+    let (agent, lab) = (programs::static_agent()?, programs::static_lab()?);
+    machine.boot(script, &[("stillframe-agent", &agent), ("lab", &lab)], &[])
+}
+
+/// A guest of half a gigabyte with markers, captured and nothing else; `before` is run before the capture.
+pub fn small(kernel: &str, la57: bool, before: &str) -> Result<Captured> {
+    let machine = Machine {
+        kernel,
+        la57,
+        memory: 512,
+        disk: 512,
+        ..Machine::default()
+    };
+    let script = format!("{MARKERS}{MODULES}sleep 1\n{before}{CAPTURE}");
+    Captured::from(&boot(&machine, &script)?.ended()?)
+}
