@@ -118,14 +118,14 @@ fn what_is_not_the_truth_is_explained() {
             file.read_exact_at(buffer, address).unwrap();
         }
         let [before, middle, after] = &buffers;
-        if page == before || page == after {
-            right += 1;
-        } else if withheld.contains(&address) {
+        if withheld.contains(&address) {
             assert!(
                 page.iter().all(|b| *b == 0),
                 "{address:#x} is said to be left out"
             );
             left_out += 1;
+        } else if page == before || page == after {
+            right += 1;
         } else if before != after {
             in_motion += 1;
         } else if page == middle || before != middle {

@@ -52,7 +52,7 @@ impl Found {
     }
 }
 
-/// Fills so many MiB with such pages, says so, and keeps them until standard input ends.
+/// Fills so many MiB with such pages, says so and where, and keeps them until standard input ends.
 pub fn fill(mib: usize) -> Result<()> {
     let pages = mib << 8;
     let size = pages * PAGE;
@@ -78,7 +78,7 @@ pub fn fill(mib: usize) -> Result<()> {
     for (number, bytes) in (0u64..).zip(memory.chunks_mut(PAGE)) {
         bytes.copy_from_slice(&page(number));
     }
-    println!("FILLED {pages}");
+    println!("FILLED {pages} {:p}", memory.as_ptr());
     std::io::stdout().flush()?;
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).context("standard input")?;
     // Used to the end: nothing is given back before.

@@ -33,6 +33,8 @@ pub struct Machine<'a> {
     pub append: &'a str,
     /// MiB of its disk.
     pub disk: u64,
+    /// What is on its disk when it starts.
+    pub content: Option<&'a Path>,
 }
 
 impl Default for Machine<'_> {
@@ -44,6 +46,7 @@ impl Default for Machine<'_> {
             la57: false,
             append: "",
             disk: 256,
+            content: None,
         }
     }
 }
@@ -111,7 +114,15 @@ impl Machine<'_> {
         let initrd = folder.path().join("initrd");
         pack(&root, &initrd)?;
         let at = |name: &str| folder.path().join(name);
-        fs::File::create(at("disk"))?.set_len(self.disk << 20)?;
+        if let Some(content) = self.content {
+            fs::copy(content, at("disk"))?;
+        }
+        fs::File::options()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(at("disk"))?
+            .set_len(self.disk << 20)?;
         let la57 = if self.la57 { "on" } else { "off" };
         let append = format!(
             "console=ttyS0 quiet loglevel=3 panic=-1 nowatchdog {}",

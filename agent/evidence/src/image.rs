@@ -17,7 +17,7 @@ pub trait Bytes: Send + Sync {
     fn read_at(&self, at: u64, buffer: &mut [u8]) -> io::Result<()>;
 }
 
-impl Bytes for [u8] {
+impl Bytes for &[u8] {
     fn size(&self) -> io::Result<u64> {
         Ok(self.len() as u64)
     }
@@ -253,4 +253,137 @@ fn part(buffer: &mut [u8], from: u64, to: u64) -> io::Result<&mut [u8]> {
     buffer
         .get_mut(index(from)?..index(to)?)
         .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write as _;
+
+    /// Pages with content, as ranges that do not touch.
+    fn ranges() -> impl Strategy<Value = Vec<(u64, Vec<u8>)>> {
+        proptest::collection::vec((1u64..50, 1usize..60_000, any::<u8>()), 1..5).prop_map(|parts| {
+            let mut at = 0;
+            let range = |(gap, size, seed): (u64, usize, u8)| {
+                at += gap * 4096;
+                let start = at;
+                at += size as u64;
+                let byte = |n: usize| u8::try_from(n / 7 % 251).unwrap_or(0) ^ seed;
+                (start, (0..size).map(byte).collect())
+            };
+            parts.into_iter().map(range).collect()
+        })
+    }
+
+    fn lime_of(ranges: &[(u64, Vec<u8>)]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (start, content) in ranges {
+            out.extend(lime::header(*start, start + content.len() as u64 - 1));
+            out.extend(content);
+        }
+        out
+    }
+
+    fn avml_of(ranges: &[(u64, Vec<u8>)]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (start, content) in ranges {
+            let mut header = lime::header(*start, start + content.len() as u64 - 1);
+            header[..4].copy_from_slice(&avml::MAGIC);
+            header[4] = 2;
+            out.extend(header);
+            let mut snappy = snap::write::FrameEncoder::new(Vec::new());
+            snappy.write_all(content).unwrap();
+            let stream = snappy.into_inner().unwrap();
+            out.extend(&stream);
+            out.extend((stream.len() as u64).to_le_bytes());
+        }
+        out
+    }
+
+    fn elf_of(ranges: &[(u64, Vec<u8>)]) -> Vec<u8> {
+        let load = |(start, content): &(u64, Vec<u8>)| elf::Segment {
+            load: true,
+            flags: 7,
+            offset: 0,
+            virtual_address: 0,
+            physical_address: *start,
+            size: content.len() as u64,
+        };
+        let mut loads: Vec<elf::Segment> = ranges.iter().map(load).collect();
+        let mut out = elf::head(&[("VMCOREINFO", 0, b"OSRELEASE=x\n")], &mut loads, 4096, 0);
+        for (load, (_, content)) in loads.iter().zip(ranges) {
+            out.resize(usize::try_from(load.offset).unwrap(), 0);
+            out.extend(content);
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn every_format_gives_the_memory_back(ranges in ranges(), from in 0u64..300_000, size in 1usize..100_000) {
+            for (format, bytes) in [("lime", lime_of(&ranges)), ("avml", avml_of(&ranges)), ("elf", elf_of(&ranges))] {
+                let bytes = bytes.as_slice();
+                let image = Image::open(&bytes).unwrap();
+                prop_assert_eq!(image.format().as_str(), format);
+                prop_assert_eq!(image.cut(), None);
+                let listed: Vec<(u64, u64)> = ranges.iter().map(|(start, content)| (*start, content.len() as u64)).collect();
+                prop_assert_eq!(image.ranges(), listed);
+                let mut buffer = vec![0xee; size];
+                let found = image.read(from, &mut buffer).unwrap();
+                let byte = |address: u64| ranges.iter().find_map(|(start, content)| content.get(usize::try_from(address.checked_sub(*start)?).ok()?));
+                let expected: Vec<Option<&u8>> = (from..from + size as u64).map(byte).collect();
+                prop_assert_eq!(found, expected.iter().flatten().count());
+                prop_assert_eq!(buffer, expected.into_iter().map(|b| b.copied().unwrap_or(0)).collect::<Vec<u8>>());
+            }
+        }
+
+        /// A file that was cut off is read as far as it goes, and says that it was; a changed one is refused or read, never more than
+        /// it holds.
+        #[test]
+        fn a_cut_or_changed_image_is_no_danger(ranges in ranges(), at in any::<prop::sample::Index>(), with in any::<u8>()) {
+            for whole in [lime_of(&ranges), avml_of(&ranges), elf_of(&ranges)] {
+                let at = at.index(whole.len());
+                if let Some(bytes) = whole.get(..at).filter(|b| b.len() > 4)
+                    && let Ok(image) = Image::open(&bytes)
+                {
+                    let there: u64 = image.ranges().iter().map(|(_, size)| size).sum();
+                    let all: u64 = ranges.iter().map(|(_, content)| content.len() as u64).sum();
+                    prop_assert!(there < all || image.cut().is_none());
+                    for (start, size) in image.ranges() {
+                        let mut buffer = vec![0; usize::try_from(size).unwrap()];
+                        prop_assert_eq!(image.read(start, &mut buffer).unwrap(), buffer.len());
+                    }
+                }
+                let mut changed = whole.clone();
+                changed[at] = with;
+                let changed = changed.as_slice();
+                if let Ok(image) = Image::open(&changed) {
+                    let mut buffer = vec![0; 4096];
+                    for (start, _) in image.ranges() {
+                        let _ = image.read(start, &mut buffer);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_note_is_found_again() {
+        let bytes = elf_of(&[(0x1000, vec![1; 100])]);
+        assert_eq!(
+            elf::vmcoreinfo(&bytes.as_slice()).unwrap().unwrap(),
+            b"OSRELEASE=x\n"
+        );
+    }
+
+    #[test]
+    fn more_segments_than_a_header_counts() {
+        let ranges: Vec<(u64, Vec<u8>)> = (0..70_000u64).map(|n| (n * 8192, vec![7])).collect();
+        let bytes = elf_of(&ranges);
+        // The table is bounded when it is read: 65,536.
+        assert!(elf::segments(&bytes.as_slice()).is_err());
+        let fewer = elf_of(ranges.get(..65_534).unwrap());
+        assert_eq!(elf::segments(&fewer.as_slice()).unwrap().len(), 65_535);
+    }
 }

@@ -253,12 +253,7 @@ impl Session<'_> {
         }
         let root = &request.root;
         let mut end = match lime {
-            Some((path, sha256)) => {
-                if let Some(why) = self.secrets_in_the_way() {
-                    return Ok(End::failed(why));
-                }
-                self.lime(path, *sha256, request, step, cancel)?
-            }
+            Some((path, sha256)) => self.lime(path, *sha256, request, step, cancel)?,
             None => {
                 let kcore = match Kcore::open(root) {
                     Ok(kcore) => kcore,
@@ -353,6 +348,9 @@ impl Session<'_> {
             Ok(module) => module,
             Err(why) => return Ok(End::failed(why)),
         };
+        if let Some(why) = self.secrets_in_the_way() {
+            return Ok(End::failed(why));
+        }
         let iomem = fs::read(request.root.join("proc/iomem")).unwrap_or_default();
         let ram = ranges::system_ram(&String::from_utf8_lossy(&iomem));
         let sizes = Sizes::of(total(&ram));

@@ -23,7 +23,9 @@ use stillframe_evidence::{
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
     /// The kernel was built without it.
-    #[error("this kernel has no /proc/kcore; a LiME module of exactly this kernel would do (--lime-module)")]
+    #[error(
+        "this kernel has no /proc/kcore; where it can load modules, LiME's for exactly this kernel would do (--lime-module)"
+    )]
     Absent,
     /// Lockdown.
     #[error(
@@ -381,7 +383,7 @@ mod tests {
         let segments = [
             load(0xffff_ffff_8100_0000, 0, 0x100_0000, 0x1000),
             load(base + 0x10_0000, 0, 0x1000_0000, 0x3000),
-            load(0xffff_b000_0000_0000 + (80 << 40), 0, 1 << 40, 0x5000),
+            load(base + (66 << 40), 0, 1 << 40, 0x5000),
         ];
         let (stretches, addresses) = map(&segments, |name| (name == "page_offset_base").then_some(base));
         assert_eq!(addresses, Addresses::DirectMap(base));

@@ -24,6 +24,8 @@ pub struct Probe {
     pub la57: bool,
     /// Secure Boot; nothing where there is no EFI to tell.
     pub secure_boot: Option<bool>,
+    /// Whether modules can be loaded at all.
+    pub modules: bool,
     /// Whether only signed modules may be loaded.
     pub signed_modules_only: bool,
     /// Whether the kernel carries its types.
@@ -78,6 +80,7 @@ pub fn probe(root: &Path, threads: usize) -> Probe {
             Err(why) => why.to_string(),
         },
         release: text("proc/sys/kernel/osrelease").trim().to_owned(),
+        modules: root.join("proc/modules").exists(),
         signed_modules_only: enforced.trim() == "Y"
             || matches!(lockdown.as_deref(), Some("integrity" | "confidentiality")),
         lockdown,
@@ -123,10 +126,10 @@ impl Probe {
             ),
             format!(
                 "modules          {}",
-                if self.signed_modules_only {
-                    "signed ones only: LiME could not be loaded"
-                } else {
-                    "unsigned ones may be loaded"
+                match (self.modules, self.signed_modules_only) {
+                    (false, _) => "this kernel loads none: LiME could not be loaded",
+                    (true, true) => "signed ones only: LiME could not be loaded",
+                    (true, false) => "unsigned ones may be loaded",
                 }
             ),
             format!(

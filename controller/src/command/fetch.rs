@@ -49,6 +49,9 @@ pub struct Args {
     /// Types for a kernel that carries none: the BTF of exactly its release
     #[arg(long)]
     btf: Option<PathBuf>,
+    /// Write the image alone, without looking for the kernel's symbols in it
+    #[arg(long)]
+    no_symbols: bool,
 }
 
 /// What an image is written as.
@@ -166,11 +169,17 @@ fn image(
     }
     let file = File::open(&path).with_context(|| path.display().to_string())?;
     done.holes = holes(chain, &written.ranges);
-    let found = Image::open(&file)
-        .map_err(anyhow::Error::from)
-        .and_then(|image| Ok(Kernel::in_image(&image)?));
+    let found = match args.no_symbols {
+        true => None,
+        false => Some(
+            Image::open(&file)
+                .map_err(anyhow::Error::from)
+                .and_then(|image| Ok(Kernel::in_image(&image)?)),
+        ),
+    };
     match found {
-        Ok(mut kernel) => {
+        None => (),
+        Some(Ok(mut kernel)) => {
             if layout == Layout::Elf
                 && note.is_none()
                 && let Some(info) = &kernel.vmcoreinfo
@@ -199,7 +208,7 @@ fn image(
                 done.plugins = Some(plugins);
             }
         }
-        Err(error) => done.no_symbols = Some(format!("{error:#}")),
+        Some(Err(error)) => done.no_symbols = Some(format!("{error:#}")),
     }
     done.sha256 = Some(match written.sha256 {
         Some(sha256) => sha256,
