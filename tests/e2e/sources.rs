@@ -40,12 +40,13 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
     let script = format!(
         "FILL=150\n{MARKERS}{FILL}{MODULES}\
          loaded() {{ until grep -q '^lime' /proc/modules; do usleep 10000; done; }}\n\
-         (loaded; sleep 2; echo STOPPED; kill -STOP $(pidof stillframe-agent); sleep 10; kill -CONT $(pidof stillframe-agent); echo LET GO) &\n\
+         agent() {{ grep -l '^stillframe-agen$' /proc/[0-9]*/comm | cut -d / -f 3; }}\n\
+         (loaded; sleep 2; echo STOPPED; kill -STOP $(agent); sleep 10; kill -CONT $(agent); echo LET GO) &\n\
          {capture}\
          echo \"AFTER $(grep -c '^lime' /proc/modules)\"\n\
          for wait in 0 1 4; do\n\
          (/stillframe-agent capture --profile memory --store - --lime-module /lime.ko --lime-sha256 {sha256} > /dev/null 2>&1) &\n\
-         loaded; sleep $wait; echo \"LOADED $(grep -c '^lime' /proc/modules)\"; kill -KILL $(pidof stillframe-agent); sleep 8\n\
+         loaded; sleep $wait; echo \"LOADED $(grep -c '^lime' /proc/modules)\"; kill -KILL $(agent); sleep 8\n\
          echo \"KILLED $(grep -c '^lime' /proc/modules)\"\n\
          done\n"
     );

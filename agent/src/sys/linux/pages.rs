@@ -95,6 +95,10 @@ impl Drop for Mapping {
     }
 }
 
+/// Where a buffer starts in its first page: what is copied into it page by page never lies there as a page, to be taken for the
+/// one that it is a copy of.
+const OFF: usize = 64;
+
 /// A buffer that is never swapped out. A host that does not let it be locked gets it all the same.
 pub struct LockedBuffer {
     mapping: Mapping,
@@ -104,7 +108,7 @@ pub struct LockedBuffer {
 impl LockedBuffer {
     /// Of so many bytes, zero.
     pub fn new(size: usize) -> io::Result<Self> {
-        let mapping = Mapping::anonymous(size)?;
+        let mapping = Mapping::anonymous(size.saturating_add(OFF))?;
         let _ = mapping.lock();
         Ok(LockedBuffer { mapping, size })
     }
@@ -119,10 +123,10 @@ impl Deref for LockedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the mapping is readable, initialised by the kernel, at least `size` long, and borrowed through `self`.
+        // SAFETY: the mapping is readable, initialised by the kernel, at least `OFF + size` long, and borrowed through `self`.
         #[allow(unsafe_code)]
         unsafe {
-            std::slice::from_raw_parts(self.mapping.start.as_ptr().cast(), self.size)
+            std::slice::from_raw_parts(self.mapping.start.as_ptr().cast::<u8>().add(OFF), self.size)
         }
     }
 }
@@ -132,7 +136,7 @@ impl DerefMut for LockedBuffer {
         // SAFETY: as above, and `self` is borrowed for writing.
         #[allow(unsafe_code)]
         unsafe {
-            std::slice::from_raw_parts_mut(self.mapping.start.as_ptr().cast(), self.size)
+            std::slice::from_raw_parts_mut(self.mapping.start.as_ptr().cast::<u8>().add(OFF), self.size)
         }
     }
 }
