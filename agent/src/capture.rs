@@ -118,6 +118,7 @@ pub fn run(
             acknowledged: Vec::new(),
             waiting: VecDeque::new(),
             current: None,
+            spare: None,
             broken: None,
             known: Known::default(),
             footprint: Footprint {
@@ -146,7 +147,8 @@ enum Put {
 }
 
 enum Taken {
-    Segment(SegmentEntry, u64, io::Result<()>),
+    /// The entry, its step, how it went, and its buffer.
+    Segment(SegmentEntry, u64, io::Result<()>, Vec<u8>),
     Event(Key, Box<Event>, io::Result<()>),
 }
 
@@ -174,7 +176,7 @@ impl Putter {
                         if result.is_err() {
                             ended.insert(entry.artifact.clone());
                         }
-                        Taken::Segment(entry, step, result)
+                        Taken::Segment(entry, step, result, bytes)
                     }
                     Put::Event(key, bytes, event) => {
                         let result = store.put(&key, &bytes).map(|_| ());
@@ -225,6 +227,8 @@ struct Session<'a> {
     /// Outcomes whose segments are under way: the outcome, and how many it still waits for.
     waiting: VecDeque<(Outcome, usize)>,
     current: Option<Current>,
+    /// A buffer that held a segment, for the next one.
+    spare: Option<Vec<u8>>,
     /// Why the chain goes no further.
     broken: Option<Failure>,
     /// What workers found out for those after them.
@@ -485,8 +489,15 @@ impl Session<'_> {
                 *left = left.saturating_sub(1);
             }
             match answer {
-                Taken::Segment(entry, _, Ok(())) => self.acknowledged.push(entry),
-                Taken::Segment(entry, step, Err(error)) => self.fail(&entry, step, &error),
+                Taken::Segment(entry, step, result, bytes) => {
+                    match result {
+                        Ok(()) => self.acknowledged.push(entry),
+                        Err(error) => self.fail(&entry, step, &error),
+                    }
+                    if self.spare.is_none() {
+                        self.spare = Some(bytes);
+                    }
+                }
                 Taken::Event(_, event, Ok(())) => (self.tell)(&event),
                 Taken::Event(key, _, Err(source)) => {
                     self.broken.get_or_insert(Failure::Store {

@@ -68,14 +68,23 @@ pub struct Sizes {
     pub frame: usize,
     /// Bytes of memory in a segment.
     pub segment: u64,
+    /// The highest level of zstd: each has larger tables than the one before.
+    pub level: i32,
 }
 
 impl Sizes {
-    /// For `total` bytes of memory. A small guest gives up little of its memory for buffers; a large one gets fewer objects.
-    pub fn of(total: u64) -> Self {
-        let segment = (total >> 10).clamp(2 << 20, 16 << 20).next_power_of_two();
-        let frame = if total < 3 << 29 { 512 << 10 } else { 1 << 20 };
-        Sizes { frame, segment }
+    /// For `total` bytes of memory, on a host that has `host`. A small host gives up little of its memory for buffers; a large
+    /// image gets fewer objects.
+    pub fn of(total: u64, host: u64) -> Self {
+        let small = host < 3 << 30;
+        Sizes {
+            // What is read, hashed and compressed one after the other stays in a core's own cache.
+            frame: 256 << 10,
+            segment: (total >> 10)
+                .clamp(if small { 1 << 20 } else { 4 << 20 }, 16 << 20)
+                .next_power_of_two(),
+            level: if small { 1 } else { 5 },
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 };
 use stillframe_evidence::image::lime;
 use stillframe_tests::{
-    captured::{CAPTURE, FILL, MARKERS},
+    captured::{self, CAPTURE, FILL, MARKERS},
     guest::{Guest, Machine},
     programs, store,
 };
@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     programs::require(&["zstd", "sha256sum"])?;
     let folder = tempfile::tempdir()?;
     let image = folder.path().join("guest.lime");
-    guest_image(&image)?;
+    captured::guest_image(&image)?;
     native(&image, folder.path())?;
     large(&image, folder.path())?;
     footprint()
@@ -73,37 +73,6 @@ fn run(command: &mut Command) -> Result<Cost> {
 fn median(mut costs: Vec<Cost>, of: impl Fn(&Cost) -> f64) -> f64 {
     costs.sort_by(|a, b| of(a).total_cmp(&of(b)));
     of(&costs[costs.len() / 2])
-}
-
-/// The memory of a guest of 1 GiB with 420 MiB of a real system's files in it, as one LiME range.
-fn guest_image(to: &Path) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let files = folder.path().join("files");
-    let mut out = File::create(&files)?;
-    let mut tar = Command::new("tar")
-        .args(["-C", "/usr", "-c", "bin", "lib"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()?;
-    std::io::copy(&mut tar.stdout.take().context("tar")?.take(420 << 20), &mut out)?;
-    let _ = tar.kill();
-    tar.wait()?;
-    let machine = Machine {
-        content: Some(&files),
-        disk: 512,
-        ..Machine::default()
-    };
-    let script = format!(
-        "{MARKERS}head -c 440401920 \"$1\" > /run/files; sync; echo 3 > /proc/sys/vm/drop_caches; echo READY; read go\n"
-    );
-    let mut guest = stillframe_tests::captured::boot(&machine, &script)?;
-    guest.wait_for("READY")?;
-    let raw = folder.path().join("raw");
-    guest.truth(&raw)?;
-    let mut image = File::create(to)?;
-    image.write_all(&lime::header(0, (1 << 30) - 1))?;
-    std::io::copy(&mut File::open(raw)?, &mut image)?;
-    Ok(())
 }
 
 fn sha256_pass(path: &Path) -> Result<f64> {

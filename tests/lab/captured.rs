@@ -9,10 +9,11 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{
     fs::File,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
-use stillframe_evidence::image::Image;
+use stillframe_evidence::image::{Image, lime};
 
 /// Three processes with names of their own, one that listens, and what holds them.
 pub const MARKERS: &str = r#"
@@ -159,4 +160,35 @@ pub fn small(kernel: &str, la57: bool, before: &str) -> Result<Captured> {
     };
     let script = format!("{MARKERS}{MODULES}sleep 1\n{before}{CAPTURE}");
     Captured::from(&boot(&machine, &script)?.ended()?)
+}
+
+/// The memory of a guest of 1 GiB with 420 MiB of a real system's files in it, as one LiME range.
+pub fn guest_image(to: &Path) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let files = folder.path().join("files");
+    let mut out = File::create(&files)?;
+    let mut tar = Command::new("tar")
+        .args(["-C", "/usr", "-c", "bin", "lib"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    std::io::copy(&mut tar.stdout.take().context("tar")?.take(420 << 20), &mut out)?;
+    let _ = tar.kill();
+    tar.wait()?;
+    let machine = Machine {
+        content: Some(&files),
+        disk: 512,
+        ..Machine::default()
+    };
+    let script = format!(
+        "{MARKERS}head -c 440401920 \"$1\" > /run/files; sync; echo 3 > /proc/sys/vm/drop_caches; echo READY; read go\n"
+    );
+    let mut guest = boot(&machine, &script)?;
+    guest.wait_for("READY")?;
+    let raw = folder.path().join("raw");
+    guest.truth(&raw)?;
+    let mut image = File::create(to)?;
+    image.write_all(&lime::header(0, (1 << 30) - 1))?;
+    std::io::copy(&mut File::open(raw)?, &mut image)?;
+    Ok(())
 }

@@ -30,6 +30,11 @@ enum What {
         #[arg(long)]
         la57: bool,
     },
+    /// The memory of a guest that has real files in it, as the benchmark reads it
+    Image {
+        /// Where to write it
+        to: std::path::PathBuf,
+    },
     /// Nothing, until standard input ends
     Wait,
     /// Memory full of pages that carry their own identity
@@ -51,6 +56,7 @@ fn main() -> Result<()> {
             );
             let _ = std::io::stdin().read(&mut [0])?;
         }
+        What::Image { to } => captured::guest_image(&to)?,
         What::Wait => _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?,
         What::Fill { mib } => fill::fill(mib)?,
         What::Load { n } => {

@@ -197,6 +197,11 @@ impl FramePacker {
         self.builder.append(frame, stored)
     }
 
+    /// Takes a buffer back; see [`SegmentBuilder::reuse`].
+    pub fn reuse(&mut self, buffer: Vec<u8>) {
+        self.builder.reuse(buffer);
+    }
+
     /// Bytes of the segment under way.
     pub fn stored(&self) -> usize {
         self.builder.stored()

@@ -10,7 +10,7 @@ use crate::{
         lime::{Lime, Module},
         process::Process,
         ranges,
-        stream::{self, Limits, Told},
+        stream::{self, Answer, Limits, Told},
     },
     plan::Step,
     worker,
@@ -262,7 +262,7 @@ impl Session<'_> {
                     }
                     Err(why) => return Ok(End::failed(why.to_string())),
                 };
-                let sizes = Sizes::of(total(&kcore.expected()));
+                let sizes = Sizes::of(total(&kcore.expected()), memory_of(request));
                 let addresses = format!("{:?}", kcore.addresses);
                 let source = kcore.in_segments_of(sizes.segment);
                 let about = MemorySource {
@@ -308,7 +308,7 @@ impl Session<'_> {
             Ok(image) => image,
             Err(why) => return Ok(End::failed(format!("--image {}: {why}", path.display()))),
         };
-        let sizes = Sizes::of(total(&image.ranges()));
+        let sizes = Sizes::of(total(&image.ranges()), memory_of(request));
         let about = MemorySource {
             method: "image".to_owned(),
             format: Some(image.format().as_str().to_owned()),
@@ -353,7 +353,7 @@ impl Session<'_> {
         }
         let iomem = fs::read(request.root.join("proc/iomem")).unwrap_or_default();
         let ram = ranges::system_ram(&String::from_utf8_lossy(&iomem));
-        let sizes = Sizes::of(total(&ram));
+        let sizes = Sizes::of(total(&ram), memory_of(request));
         let source = match Lime::start(&module, ram, sizes.segment) {
             Ok(source) => source,
             Err(why) => return Ok(End::failed(why)),
@@ -408,7 +408,7 @@ impl Session<'_> {
                     continue;
                 }
             };
-            let sizes = Sizes::of(process.size());
+            let sizes = Sizes::of(process.size(), memory_of(request));
             for region in &process.regions {
                 self.datum(
                     &format!("/proc/{pid}/smaps"),
@@ -470,6 +470,8 @@ impl Session<'_> {
         let limits = Limits {
             threads,
             frame: sizes.frame,
+            segment: usize::try_from(sizes.segment * 5 / 8).unwrap_or(0),
+            level: sizes.level,
             rate: request.memory.rate,
             until: Instant::now() + step.deadline,
         };
@@ -500,7 +502,10 @@ impl Session<'_> {
         let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
         let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
         let mut summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
-            Told::Segment(packed) => self.send_memory(Some(packed)),
+            Told::Segment(packed) => Ok::<_, Failure>(match self.send_memory(Some(packed))? {
+                true => Answer::Go(self.spare.take()),
+                false => Answer::Stop,
+            }),
             Told::Packed(done, found) => {
                 for gap in found {
                     match gaps.len() < MAX_GAPS {
@@ -514,7 +519,11 @@ impl Session<'_> {
                 self.settle(false);
                 self.report()?;
                 self.progress(&kind, done, expected)?;
-                Ok(!self.has_failed())
+                Ok(if self.has_failed() {
+                    Answer::Stop
+                } else {
+                    Answer::Go(None)
+                })
             }
         })?;
         // What became of the last segments decides what is missing.
@@ -575,6 +584,11 @@ impl Session<'_> {
             ranges,
         }))
     }
+}
+
+/// Bytes of memory that this host has; little where that is not known.
+fn memory_of(request: &Request) -> u64 {
+    crate::sys::total_memory(&request.root).unwrap_or(0)
 }
 
 fn total(ranges: &[(u64, u64)]) -> u64 {

@@ -98,7 +98,7 @@ impl Probe {
     /// For a person.
     pub fn lines(&self) -> Vec<String> {
         let yes = |b: bool| if b { "yes" } else { "no" };
-        let sizes = Sizes::of(self.bytes);
+        let sizes = Sizes::of(self.bytes, self.bytes);
         let mut lines = vec![
             format!(
                 "source           {}: {}",

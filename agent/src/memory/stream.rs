@@ -34,13 +34,26 @@ pub struct Limits {
     pub threads: usize,
     /// Bytes of a frame.
     pub frame: usize,
+    /// Bytes that a segment usually has at most as stored: what its buffer starts with.
+    pub segment: usize,
+    /// The highest level of zstd that its memory is worth here.
+    pub level: i32,
     /// Bytes of plaintext a second, at most.
     pub rate: Option<u64>,
     /// When it ends, finished or not.
     pub until: Instant,
 }
 
-/// What the caller is told, in order. It answers whether to go on.
+/// What the caller answers.
+pub enum Answer {
+    /// Go on; with a buffer of a segment that has been stored, where there is one.
+    Go(Option<Vec<u8>>),
+    /// The store takes no more.
+    Stop,
+}
+
+/// What the caller is told, in order.
+#[allow(clippy::large_enum_variant, reason = "there is one at a time, and it is moved once")]
 pub enum Told<'a> {
     /// A segment is ready.
     Segment(Packed),
@@ -148,7 +161,7 @@ pub fn run<E>(
     limits: Limits,
     key: &KeyPages,
     cancel: &Cancel,
-    mut told: impl FnMut(Told) -> Result<bool, E>,
+    mut told: impl FnMut(Told) -> Result<Answer, E>,
 ) -> Result<Summary, E> {
     let shared = Shared {
         source,
@@ -249,7 +262,7 @@ fn pace(shared: &Shared, bytes: u64) {
 fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, String>>) -> Result<(), String> {
     let no_compressor = |error: std::io::Error| format!("no compressor: {error}");
     let mut level = shared.level.load(Ordering::Relaxed);
-    let mut framer = Framer::new(level).map_err(no_compressor)?;
+    let mut framer = Framer::of_memory(level).map_err(no_compressor)?;
     let mut zeros: Option<(Frame, Vec<u8>)> = None;
     while turn(shared) {
         let Some(mut piece) = shared.source.next(buffer)? else {
@@ -260,7 +273,7 @@ fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, Strin
         };
         let wanted = shared.level.load(Ordering::Relaxed);
         if wanted != level {
-            framer.set_level(wanted).map_err(no_compressor)?;
+            framer.set_level_of_memory(wanted).map_err(no_compressor)?;
             level = wanted;
         }
         let (tally, all_zero) = account(shared, &mut piece, plain);
@@ -371,7 +384,7 @@ struct Pressure {
 }
 
 impl Pressure {
-    fn judge(&mut self, level: &AtomicI32) {
+    fn judge(&mut self, level: &AtomicI32, highest: i32) {
         let elapsed = self.since.elapsed();
         if elapsed < Duration::from_secs(1) {
             return;
@@ -381,7 +394,8 @@ impl Pressure {
         } else if self.blocked < elapsed / 8 {
             self.place = self.place.saturating_sub(1);
         }
-        level.store(LEVELS.get(self.place).copied().unwrap_or(1), Ordering::Relaxed);
+        let wanted = LEVELS.get(self.place).copied().unwrap_or(1);
+        level.store(wanted.min(highest), Ordering::Relaxed);
         self.since = Instant::now();
         self.blocked = Duration::ZERO;
     }
@@ -393,7 +407,7 @@ fn assemble<E>(
     cancel: &Cancel,
     made: &Receiver<Result<Made, String>>,
     summary: &mut Summary,
-    told: &mut impl FnMut(Told) -> Result<bool, E>,
+    told: &mut impl FnMut(Told) -> Result<Answer, E>,
 ) -> Result<(), E> {
     for (start, size) in shared.source.expected() {
         let end = start.saturating_add(size.saturating_sub(1));
@@ -406,6 +420,7 @@ fn assemble<E>(
     }
     let mut tallies: Vec<(u64, Tally)> = Vec::new();
     let mut packer = FramePacker::new(artifact);
+    packer.reuse(Vec::with_capacity(shared.limits.segment));
     let mut waiting: BTreeMap<u64, Made> = BTreeMap::new();
     let mut next = 0;
     let mut pressure = Pressure {
@@ -438,11 +453,16 @@ fn assemble<E>(
             {
                 summary.segment(packed.entry.number, std::mem::take(&mut tallies));
                 let handed_over = Instant::now();
-                let go_on = told(Told::Segment(packed))?;
+                let answer = told(Told::Segment(packed))?;
                 pressure.blocked += handed_over.elapsed();
-                if !go_on {
-                    summary.ended.get_or_insert("the store took no more".to_owned());
-                    return Ok(());
+                match answer {
+                    Answer::Go(buffer) => {
+                        packer.reuse(buffer.unwrap_or_else(|| Vec::with_capacity(shared.limits.segment)))
+                    }
+                    Answer::Stop => {
+                        summary.ended.get_or_insert("the store took no more".to_owned());
+                        return Ok(());
+                    }
                 }
             }
             if let Err(why) = append(&mut packer, &one) {
@@ -455,16 +475,16 @@ fn assemble<E>(
                 _ => tallies.push((start, one.tally)),
             }
             summary.bytes = summary.bytes.saturating_add(u64::from(one.frame.plain));
-            let go_on = told(Told::Packed(summary.bytes, &one.gaps))?;
+            let answer = told(Told::Packed(summary.bytes, &one.gaps))?;
             lock(&shared.spare).push(one.stored);
             lock(&shared.window).1 += 1;
             shared.moved.notify_all();
-            if !go_on {
+            if matches!(answer, Answer::Stop) {
                 summary.ended.get_or_insert("the store took no more".to_owned());
                 return Ok(());
             }
         }
-        pressure.judge(&shared.level);
+        pressure.judge(&shared.level, shared.limits.level);
     }
     if let Some(packed) = packer.segment() {
         summary.segment(packed.entry.number, tallies);

@@ -281,11 +281,14 @@ impl Isf {
             );
         }
         self.timekeeper(kernel, types, names);
-        if let Some(banner) = self.symbols.get_mut("linux_banner") {
+        if let Some(address) = kernel.address("linux_banner") {
             let text = [&kernel.banner[..], b"\0"].concat();
-            banner["type"] =
-                json!({"kind": "array", "count": text.len(), "subtype": {"kind": "base", "name": "char"}});
-            banner["constant_data"] = base64::engine::general_purpose::STANDARD.encode(text).into();
+            let banner = json!({
+                "type": {"kind": "array", "count": text.len(), "subtype": {"kind": "base", "name": "char"}},
+                "address": kernel.linked(address),
+                "constant_data": base64::engine::general_purpose::STANDARD.encode(text),
+            });
+            self.symbols.insert("linux_banner".to_owned(), banner);
         }
     }
 
@@ -399,20 +402,19 @@ impl Names {
             let Type::Typedef { name, target } = t else {
                 continue;
             };
+            let untagged = |tag: &String| tag.is_empty();
             match types.get(*target) {
                 Some(Type::Composite { name: tag, .. })
-                    if tag.is_empty() && !composites.contains_key(target) =>
+                    if untagged(tag) && !composites.contains_key(target) && taken.insert(name.clone()) =>
                 {
-                    if taken.insert(name.clone()) {
-                        composites.insert(*target, name.clone());
-                    }
+                    composites.insert(*target, name.clone());
                 }
                 Some(Type::Enum { name: tag, .. })
-                    if tag.is_empty() && !enumerations.contains_key(target) =>
+                    if untagged(tag)
+                        && !enumerations.contains_key(target)
+                        && taken_enums.insert(name.clone()) =>
                 {
-                    if taken_enums.insert(name.clone()) {
-                        enumerations.insert(*target, name.clone());
-                    }
+                    enumerations.insert(*target, name.clone());
                 }
                 _ => (),
             }
@@ -467,19 +469,21 @@ fn fields(types: &Types, names: &Names, members: &[Member]) -> BTreeMap<String, 
     let mut fields = BTreeMap::new();
     for (n, member) in members.iter().enumerate() {
         let (offset, typed) = place(types, names, member);
-        let mut field = json!({"type": typed, "offset": offset});
-        let name = match member.name.as_str() {
-            "" => {
-                // Only what has fields can lend them to the struct around it.
-                if matches!(
-                    typed.get("kind").and_then(Value::as_str),
-                    Some("struct" | "union")
-                ) {
-                    field["anonymous"] = true.into();
-                }
-                format!("unnamed_field_{n}")
-            }
-            name => name.to_owned(),
+        // Only what has fields can lend them to the struct around it.
+        let has_fields = matches!(
+            typed.get("kind").and_then(Value::as_str),
+            Some("struct" | "union")
+        );
+        let (name, field) = match (member.name.as_str(), has_fields) {
+            ("", true) => (
+                format!("unnamed_field_{n}"),
+                json!({"type": typed, "offset": offset, "anonymous": true}),
+            ),
+            ("", false) => (
+                format!("unnamed_field_{n}"),
+                json!({"type": typed, "offset": offset}),
+            ),
+            (name, _) => (name.to_owned(), json!({"type": typed, "offset": offset})),
         };
         fields.insert(name, field);
     }

@@ -178,7 +178,7 @@ fn kernel_offset(vmcoreinfo: Option<&Vmcoreinfo>, symbols: &[Symbol]) -> u64 {
         .iter()
         .find(|s| s.name == "_text")
         .map_or(0, |s| s.address);
-    text.checked_sub(KERNEL_MAP + 0x100_0000).unwrap_or(0)
+    text.saturating_sub(KERNEL_MAP + 0x100_0000)
 }
 
 /// The debug package of a release, by the distribution that its banner names.
