@@ -53,7 +53,10 @@ pub enum Answer {
 }
 
 /// What the caller is told, in order.
-#[allow(clippy::large_enum_variant, reason = "there is one at a time, and it is moved once")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, and it is moved once"
+)]
 pub enum Told<'a> {
     /// A segment is ready.
     Segment(Packed),
