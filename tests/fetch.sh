@@ -178,7 +178,15 @@ fetch_volatility() {
     [ ! -e "$target/lab/volatility/bin/vol" ] || return 0
     echo "tests/run: fetching Volatility"
     rm -rf "$target/lab/volatility" && python3 -m venv "$target/lab/volatility"
-    "$target/lab/volatility/bin/pip" install -q --disable-pip-version-check volatility3==2.28.2 jsonschema==4.25.1
+    "$target/lab/volatility/bin/pip" install -q --disable-pip-version-check volatility3==2.28.2
+}
+
+# fetch_jsonschema: what checks a symbol table against Volatility's own schema, in lab/jsonschema/bin. Where Volatility itself finds it, it does so
+# for half a minute at every new table.
+fetch_jsonschema() {
+    [ ! -e "$target/lab/jsonschema/bin/jsonschema" ] || return 0
+    rm -rf "$target/lab/jsonschema" && python3 -m venv "$target/lab/jsonschema"
+    "$target/lab/jsonschema/bin/pip" install -q --disable-pip-version-check jsonschema==4.25.1
 }
 
 # The suite that a kernel's folder came from, and its release.
@@ -202,5 +210,6 @@ fetch_all() {
     fetch_lime "${release#vmlinuz-}"
     fetch_avml
     fetch_volatility
+    fetch_jsonschema
     fetch_drgn
 }

@@ -438,6 +438,22 @@ fn symbols_of_the_image_alone_are_those_of_the_running_kernel_and_of_the_package
 }
 
 #[test]
+fn the_table_is_what_volatility_s_schema_demands() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("isf.json");
+    let output = store::stillframe(&[
+        "symbols",
+        "--image",
+        text(&full().captured.image()),
+        "--to",
+        text(&to),
+    ])
+    .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    volatility::validate(&to).unwrap();
+}
+
+#[test]
 fn elf_and_raw_say_the_same() {
     let captured = &full().captured;
     let folder = tempfile::tempdir().unwrap();

@@ -75,3 +75,22 @@ pub fn drgn(core: &Path, script: &Path) -> Result<Output> {
         .output()
         .context("drgn")
 }
+
+/// Fails unless a symbol table is what Volatility's schema demands.
+pub fn validate(isf: &Path) -> Result<()> {
+    let python = environment("jsonschema", "python3")?;
+    let code = "import glob, json, sys, jsonschema\n\
+                schema = glob.glob(sys.argv[1] + '/lib/python3*/site-packages/volatility3/schemas/schema-6.2.0.json')[0]\n\
+                jsonschema.validate(json.load(open(sys.argv[2])), json.load(open(schema)))";
+    let output = Command::new(python)
+        .args(["-c", code])
+        .arg(programs::target().join("lab/volatility"))
+        .arg(isf)
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
