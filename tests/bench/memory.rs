@@ -1,5 +1,5 @@
 //! `cargo bench -p stillframe-tests --bench memory`: the memory path beside zstd, AVML and sha256sum in the same run. Needs what
-//! `tests/run` fetches.
+//! `tests/run` fetches. `-- native` or `-- footprint` runs one half.
 //!
 //! Machines are noisy: what counts are the ratios of medians, taken by turns. In the guest nothing is timed for judgement: the emulator
 //! has no SHA instructions, which a processor has.
@@ -25,12 +25,21 @@ const TURNS: usize = 5;
 
 fn main() -> Result<()> {
     programs::require(&["zstd", "sha256sum"])?;
-    let folder = tempfile::tempdir()?;
-    let image = folder.path().join("guest.lime");
-    captured::guest_image(&image)?;
-    native(&image, folder.path())?;
-    large(&image, folder.path())?;
-    footprint()
+    let asked: Vec<String> = std::env::args().collect();
+    let wanted = |part: &str| {
+        asked.iter().any(|a| a == part) || !asked.iter().any(|a| a == "native" || a == "footprint")
+    };
+    if wanted("native") {
+        let folder = captured::scratch()?;
+        let image = folder.path().join("guest.lime");
+        captured::guest_image(&image)?;
+        native(&image, folder.path())?;
+        large(&image, folder.path())?;
+    }
+    if wanted("footprint") {
+        footprint()?;
+    }
+    Ok(())
 }
 
 /// What a command cost.

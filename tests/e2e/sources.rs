@@ -161,7 +161,7 @@ fn avml() -> &'static Avml {
         ];
         let ran = machine.boot(&script, &files, &[]).unwrap().ended().unwrap();
         assert!(ran.console.contains("ACQUIRED"), "{}", ran.console);
-        let folder = tempfile::tempdir().unwrap();
+        let folder = captured::scratch().unwrap();
         let plain = folder.path().join("avml.lime");
         fs::copy(&ran.disk, &plain).unwrap();
         // The disk is longer than the image: what follows the last range is zeros.
@@ -283,6 +283,8 @@ fn an_image_that_was_cut_off_is_taken_as_far_as_it_goes() {
     let outcome = store::outcome(&base, "memory").unwrap();
     assert_eq!(outcome["status"], "partial", "{outcome}");
     assert!(outcome["problems"].to_string().contains("cut off"), "{outcome}");
+    captured::fetch(&base, &folder.path().join("fetched"), &[]).unwrap();
+    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), 100).unwrap();
     fs::write(&image, b"").unwrap();
     let base = folder.path().join("empty");
     assert_eq!(capture(&base, &["--image", text(&image)]), Some(5));

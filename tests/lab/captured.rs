@@ -49,7 +49,7 @@ pub struct Captured {
 impl Captured {
     /// Receives the stream on a guest's disk, and fetches.
     pub fn from(ran: &Ran) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
+        let folder = scratch()?;
         let base = folder.path().join("store");
         let mut receive = Command::new(programs::controller()?);
         let received = receive
@@ -60,6 +60,10 @@ impl Captured {
         ensure!(received.status.code() == Some(0), "{received:?}\n{}", ran.console);
         let fetched = folder.path().join("fetched");
         let told = fetch(&base, &fetched, &[])?;
+        let whole = told["complete"] == true
+            && told["damaged"] == Value::Array(vec![])
+            && told["holes"] == Value::Array(vec![]);
+        ensure!(whole, "{told}");
         Ok(Captured {
             console: ran.console.clone(),
             base,
@@ -73,6 +77,25 @@ impl Captured {
     pub fn image(&self) -> PathBuf {
         self.fetched.join("image.lime")
     }
+}
+
+/// A folder for what is large. Those of a run that has ended, and that statics of it kept, are deleted first.
+pub fn scratch() -> Result<tempfile::TempDir> {
+    let folder = programs::target().join("lab/scratch");
+    std::fs::create_dir_all(&folder)?;
+    for entry in std::fs::read_dir(&folder)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let lives = name
+            .split('-')
+            .next()
+            .is_some_and(|pid| Path::new("/proc").join(pid).exists());
+        if !lives {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(tempfile::Builder::new()
+        .prefix(&format!("{}-", std::process::id()))
+        .tempdir_in(folder)?)
 }
 
 /// A path as an argument.

@@ -123,6 +123,7 @@ impl Machine<'_> {
             .truncate(false)
             .open(at("disk"))?
             .set_len(self.disk << 20)?;
+        // Without cmpxchg16b: QEMU 7.2 now and then leaves another number in the flags, and the guest's kernel ends in a double fault.
         let la57 = if self.la57 { "on" } else { "off" };
         let append = format!(
             "console=ttyS0 quiet loglevel=3 panic=-1 nowatchdog {}",
@@ -145,7 +146,7 @@ impl Machine<'_> {
                 "-nodefaults",
                 "-no-user-config",
                 "-cpu",
-                &format!("max,la57={la57}"),
+                &format!("max,cx16=off,la57={la57}"),
             ])
             .args(["-m", &format!("{}M", self.memory), "-smp", &self.cpus.to_string()])
             .arg("-kernel")

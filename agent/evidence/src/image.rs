@@ -162,6 +162,13 @@ impl<'a> Image<'a> {
             lime::MAGIC => (Format::Lime, lime::runs(bytes, size)?),
             avml::MAGIC => (Format::Avml, avml::runs(bytes, size)?),
             elf::MAGIC => (Format::Elf, elf::runs(bytes, size)?),
+            _ if size % 4096 != 0 => {
+                return Err(NotAnImage::Malformed {
+                    format: "raw",
+                    at: size,
+                    why: "no format that is known, and not whole pages as a raw image is",
+                });
+            }
             _ => {
                 let content = Content::Plain(0);
                 let runs = vec![Run {

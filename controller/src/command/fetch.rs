@@ -14,7 +14,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{Seek as _, SeekFrom, Write as _},
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Mutex, PoisonError,
@@ -72,6 +72,8 @@ struct Done {
     bytes: u64,
     sha256: Option<Hash>,
     segments: usize,
+    /// Why there is no image, where one was asked for.
+    no_image: Option<String>,
     damaged: Vec<String>,
     holes: Vec<(u64, u64)>,
     /// False when the chain was never closed: what the agent had still to say is not here.
@@ -81,6 +83,8 @@ struct Done {
     /// How what the image says of its kernel differs from what the agent read from that kernel; nothing when there was nothing
     /// to compare with.
     differences: Option<Vec<String>>,
+    /// True when the running kernel hid its addresses, so that names alone could be compared.
+    names_only: bool,
     plugins: Option<PathBuf>,
     processes: Vec<PathBuf>,
     companions: Vec<PathBuf>,
@@ -111,7 +115,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             stored.id
         );
     }
-    fs::create_dir_all(&args.to).with_context(|| args.to.display().to_string())?;
+    private_folder(&args.to)?;
     let mut done = Done {
         complete: chain.closing().is_some(),
         ..Done::default()
@@ -126,7 +130,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             name => (args.to.join("companions").join(name), &mut done.companions),
         };
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
+            private_folder(parent)?;
         }
         activity.now(name);
         let written = Written::new(&path, Layout::Core, entries)?.all(&stored, entries)?;
@@ -137,9 +141,16 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         activity.now("image");
         image(args, &stored, &chain, entries, &mut done)?;
     }
+    let outcome = chain.outcomes().find(|o| o.kind.as_str() == "memory");
+    if let Some(outcome) = outcome
+        && !artifacts.contains_key("image")
+    {
+        let why = outcome.reason.clone().unwrap_or_default();
+        done.no_image = Some(format!("{}: {why}", outcome.status));
+    }
     drop(activity);
     done.damaged.extend(broken);
-    let whole = done.damaged.is_empty() && done.holes.is_empty() && done.complete;
+    let whole = done.no_image.is_none() && done.damaged.is_empty() && done.holes.is_empty() && done.complete;
     let code = if whole && done.no_symbols.is_none() && done.differences.as_ref().is_none_or(Vec::is_empty) {
         0
     } else {
@@ -186,7 +197,9 @@ fn image(
             {
                 written.head(Some(info.text()))?;
             }
-            done.differences = differences(&args.to.join("companions"), &kernel);
+            let compared = differences(&args.to.join("companions"), &kernel);
+            done.names_only = compared.as_ref().is_some_and(|(_, names_only)| *names_only);
+            done.differences = compared.map(|(found, _)| found);
             if kernel.btf.is_none()
                 && let Some(path) = &args.btf
             {
@@ -202,7 +215,7 @@ fn image(
             }
             if kernel.five_levels() == Some(true) {
                 let plugins = args.to.join("plugins");
-                fs::create_dir_all(&plugins).with_context(|| plugins.display().to_string())?;
+                private_folder(&plugins)?;
                 fs::write(plugins.join(la57::FILE), la57::PLUGIN)
                     .with_context(|| plugins.display().to_string())?;
                 done.plugins = Some(plugins);
@@ -235,7 +248,7 @@ fn image(
 /// The table, under a name that says which kernel it is for and that no other kernel has: Volatility remembers tables by name.
 fn table(kernel: &Kernel, types: &Types, to: &Path) -> Result<PathBuf> {
     let folder = to.join("symbols").join("linux");
-    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    private_folder(&folder)?;
     let safe: String = kernel
         .release()
         .chars()
@@ -289,7 +302,7 @@ fn holes(chain: &Chain, written: &[(u64, u64, u64)]) -> Vec<(u64, u64)> {
 }
 
 /// What the agent read from the running kernel, against what the image has of it.
-fn differences(companions: &Path, kernel: &Kernel) -> Option<Vec<String>> {
+fn differences(companions: &Path, kernel: &Kernel) -> Option<(Vec<String>, bool)> {
     let read = |name: &str| {
         let path = companions.join(name);
         let small = fs::metadata(&path).is_ok_and(|m| m.len() <= MAX_COMPANION);
@@ -304,6 +317,7 @@ fn differences(companions: &Path, kernel: &Kernel) -> Option<Vec<String>> {
         version: &version,
     };
     let mut found = Vec::new();
+    let mut names_only = false;
     match Kernel::from_files(&files) {
         Ok(other) => {
             if other.banner != kernel.banner {
@@ -341,6 +355,7 @@ fn differences(companions: &Path, kernel: &Kernel) -> Option<Vec<String>> {
         }
         // Hidden by kernel.kptr_restrict: names are left to compare.
         Err(_) => {
+            names_only = true;
             let theirs = stillframe_symbols::kallsyms::parse(&kallsyms);
             let names =
                 |list: &[stillframe_symbols::Symbol]| list.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
@@ -354,7 +369,7 @@ fn differences(companions: &Path, kernel: &Kernel) -> Option<Vec<String>> {
     {
         found.push("the types (BTF) of the running kernel are others than those in the image".to_owned());
     }
-    Some(found)
+    Some((found, names_only))
 }
 
 fn text(done: &Done, began: Instant) -> String {
@@ -384,6 +399,12 @@ fn text(done: &Done, began: Instant) -> String {
     for (start, end) in &done.holes {
         line("hole", format!("{start:#x}-{end:#x} is not in the image"));
     }
+    if let Some(why) = &done.no_image {
+        line("no image", why.clone());
+    }
+    if let Some(folder) = done.companions.first().and_then(|path| path.parent()) {
+        line("companions", folder.display().to_string());
+    }
     for path in &done.processes {
         line("process", path.display().to_string());
     }
@@ -394,6 +415,10 @@ fn text(done: &Done, began: Instant) -> String {
         line("no symbols", why.clone());
     }
     match &done.differences {
+        Some(list) if list.is_empty() && done.names_only => line(
+            "compared",
+            "names of kallsyms and types are those of the running kernel, which hid its addresses (kernel.kptr_restrict)".to_owned(),
+        ),
         Some(list) if list.is_empty() => line(
             "compared",
             "kallsyms, types and banner are those that the agent read from the running kernel".to_owned(),
@@ -481,7 +506,17 @@ struct Plain {
 
 impl Written {
     fn new(path: &Path, layout: Layout, entries: &[SegmentEntry]) -> Result<Self> {
-        let file = File::create_new(path).with_context(|| path.display().to_string())?;
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .with_context(|| {
+                format!(
+                    "{}: give a directory in which nothing was fetched yet",
+                    path.display()
+                )
+            })?;
         let from = match layout {
             Layout::Elf => elf::head_bound(entries.len(), NOTES).next_multiple_of(4096),
             _ => 0,
@@ -650,6 +685,16 @@ impl Written {
             .write_all(&head)
             .with_context(|| self.path.display().to_string())
     }
+}
+
+/// For nobody but their owner: memory holds every secret that the host had.
+fn private_folder(path: &Path) -> Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| path.display().to_string())
 }
 
 /// The plaintext of a segment, if it is what the signed chain says.
