@@ -17,7 +17,7 @@ pub mod stream;
 
 use jiff::Timestamp;
 use std::collections::VecDeque;
-use stillframe_evidence::records::memory::MemoryGap;
+use stillframe_evidence::{image::lime as lime_format, records::memory::MemoryGap};
 
 /// Bytes of a page, the unit in which memory is accounted for. Larger pages are runs of these.
 pub const PAGE: u64 = 4096;
@@ -99,6 +99,24 @@ pub struct Cut {
     pub address: u64,
     /// Bytes.
     pub size: u64,
+}
+
+impl Cut {
+    /// The piece that was read of it: `size` bytes, of which `gaps` are not what is there. A segment starts with its range's header.
+    fn piece(&self, size: usize, read_at: Timestamp, gaps: Vec<MemoryGap>) -> Piece {
+        let header = self
+            .segment
+            .map(|(start, end)| lime_format::header(start, end).to_vec());
+        Piece {
+            sequence: self.sequence,
+            starts_segment: self.segment.is_some(),
+            head: header.unwrap_or_default(),
+            address: self.address,
+            size,
+            read_at,
+            gaps,
+        }
+    }
 }
 
 /// Cuts ranges into segments, and those into pieces.

@@ -242,6 +242,12 @@ fn check(captured: &Captured, plugin: &str) -> Result<(), String> {
             .ok_or("no marker in pslist")?;
         Ok(row["PID"].to_string())
     };
+    let any = |arguments: &[&str], holds: &dyn Fn(&Value) -> bool| {
+        let rows = run(arguments)?;
+        need(rows.iter().any(holds), &rows)
+    };
+    let says =
+        |row: &Value, column: &str, holds: &dyn Fn(&str) -> bool| row[column].as_str().is_some_and(holds);
     match plugin {
         "linux.pslist" | "linux.psaux" => {
             let rows = run(&[plugin])?;
@@ -260,37 +266,14 @@ fn check(captured: &Captured, plugin: &str) -> Result<(), String> {
                 &rows,
             )
         }
-        "linux.lsof" => {
-            let rows = run(&[plugin, "--pid", &pid()?])?;
-            need(
-                rows.iter()
-                    .any(|r| r["Path"] == "/run/hold" || r["Path"] == "/hold"),
-                &rows,
-            )
-        }
-        "linux.sockstat" => {
-            let rows = run(&[plugin])?;
-            need(rows.iter().any(|r| r["Source Port"] == "4321"), &rows)
-        }
-        "linux.proc.Maps" => {
-            let rows = run(&[plugin, "--pid", &pid()?])?;
-            need(
-                rows.iter().any(|r| {
-                    r["File Path"]
-                        .as_str()
-                        .is_some_and(|p| p.ends_with("/marker-one"))
-                }),
-                &rows,
-            )
-        }
-        "linux.kmsg" => {
-            let rows = run(&[plugin])?;
-            need(
-                rows.iter()
-                    .any(|r| r["line"].as_str().is_some_and(|l| l.contains("Linux version"))),
-                &rows,
-            )
-        }
+        "linux.lsof" => any(&[plugin, "--pid", &pid()?], &|r| {
+            r["Path"] == "/run/hold" || r["Path"] == "/hold"
+        }),
+        "linux.sockstat" => any(&[plugin], &|r| r["Source Port"] == "4321"),
+        "linux.proc.Maps" => any(&[plugin, "--pid", &pid()?], &|r| {
+            says(r, "File Path", &|p| p.ends_with("/marker-one"))
+        }),
+        "linux.kmsg" => any(&[plugin], &|r| says(r, "line", &|l| l.contains("Linux version"))),
         "linux.check_syscall" => {
             let rows = run(&[plugin])?;
             let named = rows
@@ -299,22 +282,8 @@ fn check(captured: &Captured, plugin: &str) -> Result<(), String> {
                 .count();
             need(named > 300 && named * 100 > rows.len() * 95, &rows)
         }
-        "linux.mountinfo" => {
-            let rows = run(&[plugin])?;
-            need(
-                rows.iter()
-                    .any(|r| r["FSTYPE"] == "tmpfs" || r["FSTYPE"] == "sysfs"),
-                &rows,
-            )
-        }
-        "linux.boottime" => {
-            let rows = run(&[plugin])?;
-            need(
-                rows.iter()
-                    .any(|r| r["Boot Time"].as_str().is_some_and(|t| t.starts_with("20"))),
-                &rows,
-            )
-        }
+        "linux.mountinfo" => any(&[plugin], &|r| r["FSTYPE"] == "tmpfs" || r["FSTYPE"] == "sysfs"),
+        "linux.boottime" => any(&[plugin], &|r| says(r, "Boot Time", &|t| t.starts_with("20"))),
         "linux.kallsyms" => {
             let rows = run(&[plugin, "--core"])?;
             let known = rows

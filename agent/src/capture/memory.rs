@@ -263,7 +263,7 @@ impl Session<'_> {
                     Err(why) => return Ok(End::failed(why.to_string())),
                 };
                 let sizes = Sizes::of(total(&kcore.expected()), memory_of(request));
-                let addresses = format!("{:?}", kcore.addresses);
+                let addresses = kcore.addresses.to_string();
                 let source = kcore.in_segments_of(sizes.segment);
                 let about = MemorySource {
                     method: "kcore".to_owned(),
@@ -285,11 +285,11 @@ impl Session<'_> {
         let waiting = self.waiting.iter().map(|(outcome, _)| outcome);
         let outcome = outcomes
             .chain(waiting)
-            .find(|o| o.kind.as_str() == "secret-mappings")?;
-        match (outcome.records, outcome.status) {
-            (0, Status::Complete) => None,
-            (0, _) => Some("not every process could be asked for memory in memfd_secret, at which LiME would crash the kernel: it was not loaded".to_owned()),
-            (n, _) => Some(format!("{n} mappings of memfd_secret (cat secret-mappings): LiME would crash the kernel at their pages, so it was not loaded")),
+            .find(|o| o.kind.as_str() == "secret-mappings");
+        match outcome.map(|o| (o.records, o.status)) {
+            Some((0, Status::Complete)) => None,
+            None | Some((0, _)) => Some("not every process could be asked for memory in memfd_secret, at which LiME would crash the kernel: it was not loaded".to_owned()),
+            Some((n, _)) => Some(format!("{n} mappings of memfd_secret (cat secret-mappings): LiME would crash the kernel at their pages, so it was not loaded")),
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 use stillframe_evidence::{
-    image::{Image, lime},
+    image::Image,
     records::memory::{Gap, MemoryGap},
 };
 
@@ -69,17 +69,6 @@ impl Source for ImageFile<'_> {
                 }]
             }
         };
-        Ok(Some(Piece {
-            sequence: cut.sequence,
-            starts_segment: cut.segment.is_some(),
-            head: cut
-                .segment
-                .map(|(start, end)| lime::header(start, end).to_vec())
-                .unwrap_or_default(),
-            address: cut.address,
-            size,
-            read_at,
-            gaps,
-        }))
+        Ok(Some(cut.piece(size, read_at, gaps)))
     }
 }

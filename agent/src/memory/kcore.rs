@@ -6,16 +6,14 @@ use super::{Cutter, PAGE, Piece, Source, join, part, ranges};
 use crate::collect::describe;
 use jiff::Timestamp;
 use std::{
+    fmt,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 use stillframe_evidence::{
-    image::{
-        Bytes as _, elf,
-        lime::{self},
-    },
+    image::{Bytes as _, elf},
     records::memory::{Gap, MemoryGap},
 };
 
@@ -61,6 +59,15 @@ pub enum Addresses {
     Physical,
     /// They say zero: the direct map, which starts at this virtual address.
     DirectMap(u64),
+}
+
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Addresses::Physical => f.write_str("p_paddr"),
+            Addresses::DirectMap(base) => write!(f, "direct map at {base:#x}"),
+        }
+    }
 }
 
 /// The open file and its map.
@@ -303,18 +310,7 @@ impl Source for Kcore {
         let gaps = self
             .with_file(|file| self.fill(file, cut.address, piece))
             .map_err(|error| format!("/proc/kcore: {}", describe(&error)))?;
-        Ok(Some(Piece {
-            sequence: cut.sequence,
-            starts_segment: cut.segment.is_some(),
-            head: cut
-                .segment
-                .map(|(start, end)| lime::header(start, end).to_vec())
-                .unwrap_or_default(),
-            address: cut.address,
-            size,
-            read_at,
-            gaps,
-        }))
+        Ok(Some(cut.piece(size, read_at, gaps)))
     }
 
     fn kept_back(&self, address: u64, zero: &[bool]) -> Vec<MemoryGap> {

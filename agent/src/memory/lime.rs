@@ -350,7 +350,7 @@ impl Source for Lime {
 
     fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(cut) = stream.cut(buffer.len() as u64, self.segment)? else {
+        let Some(mut cut) = stream.cut(buffer.len() as u64, self.segment)? else {
             return Ok(None);
         };
         let read_at = Timestamp::now();
@@ -359,20 +359,10 @@ impl Source for Lime {
             .socket
             .read_exact(piece)
             .map_err(|error| format!("LiME ended at {:#x}: {}", cut.address, describe(&error)))?;
-        let sequence = stream.sequence;
+        // Each range of LiME's has a cutter of its own.
+        cut.sequence = stream.sequence;
         stream.sequence += 1;
-        Ok(Some(Piece {
-            sequence,
-            starts_segment: cut.segment.is_some(),
-            head: cut
-                .segment
-                .map(|(start, end)| lime::header(start, end).to_vec())
-                .unwrap_or_default(),
-            address: cut.address,
-            size: piece.len(),
-            read_at,
-            gaps: Vec::new(),
-        }))
+        Ok(Some(cut.piece(piece.len(), read_at, Vec::new())))
     }
 
     fn is_this_host(&self) -> bool {

@@ -30,7 +30,7 @@ pub struct MemorySource {
     pub segment: u64,
     /// Threads that read, hashed and compressed.
     pub threads: u64,
-    /// How `/proc/kcore` says where physical memory is: `p_paddr`, or `direct map` on kernels that leave that zero.
+    /// How `/proc/kcore` says where physical memory is: `p_paddr`, or `direct map at ADDRESS` on kernels that leave that zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addresses: Option<String>,
     /// SHA-256 of the kernel module that was loaded for the job.
