@@ -38,6 +38,8 @@ use stillframe_store::Store;
 
 /// The zstd level of records: they are few, and the host's processor is somebody's evidence too.
 const LEVEL: i32 = 1;
+/// Buffers of segments that are kept for the next ones.
+const SPARE: usize = 4;
 
 /// How memory is to be captured.
 #[derive(Default)]
@@ -118,7 +120,7 @@ pub fn run(
             acknowledged: Vec::new(),
             waiting: VecDeque::new(),
             current: None,
-            spare: None,
+            spare: Vec::new(),
             broken: None,
             known: Known::default(),
             footprint: Footprint {
@@ -227,8 +229,8 @@ struct Session<'a> {
     /// Outcomes whose segments are under way: the outcome, and how many it still waits for.
     waiting: VecDeque<(Outcome, usize)>,
     current: Option<Current>,
-    /// A buffer that held a segment, for the next one.
-    spare: Option<Vec<u8>>,
+    /// Buffers that held segments, for the next ones.
+    spare: Vec<Vec<u8>>,
     /// Why the chain goes no further.
     broken: Option<Failure>,
     /// What workers found out for those after them.
@@ -494,8 +496,8 @@ impl Session<'_> {
                         Ok(()) => self.acknowledged.push(entry),
                         Err(error) => self.fail(&entry, step, &error),
                     }
-                    if self.spare.is_none() {
-                        self.spare = Some(bytes);
+                    if self.spare.len() < SPARE {
+                        self.spare.push(bytes);
                     }
                 }
                 Taken::Event(_, event, Ok(())) => (self.tell)(&event),

@@ -1,7 +1,7 @@
 //! Memory, as a stream of frames: what is read ([`Source`]), and how it becomes segments ([`stream`]).
 //!
 //! ```text
-//! source (kcore | lime | process | image) -> piece -> frame (zstd + SHA-256, on every core allowed) -> segment, in order
+//! source (kcore | lime | process | image) -> share -> frames (zstd + SHA-256) and segment, on every core allowed -> store, in order
 //! ```
 //! A source knows addresses and nothing of compression or stores. Everything is bounded: as many buffers as threads, locked,
 //! made once. What cannot be read is filled with zeros and told; nothing that cannot be read ends the rest.
@@ -13,43 +13,69 @@ pub mod lime;
 pub mod probe;
 pub mod process;
 pub mod ranges;
+pub mod sha256;
 pub mod stream;
 
-use jiff::Timestamp;
-use std::collections::VecDeque;
+use crate::sys::LockedBuffer;
+use std::{collections::VecDeque, io};
 use stillframe_evidence::{image::lime as lime_format, records::memory::MemoryGap};
 
 /// Bytes of a page, the unit in which memory is accounted for. Larger pages are runs of these.
 pub const PAGE: u64 = 4096;
 
-/// A piece of memory that a source has just read.
-pub struct Piece {
+/// What one thread reads, hashes and compresses into one segment.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Share {
     /// Its place in the artifact, from 0, without a gap.
-    pub sequence: u64,
-    /// True when a segment starts here.
-    pub starts_segment: bool,
-    /// What stands before it in a frame of its own: the header of a range.
+    pub number: u64,
+    /// What stands before its content, in a frame of its own: the header of a range, the head of a core.
     pub head: Vec<u8>,
-    /// The address of its first byte.
-    pub address: u64,
-    /// Its bytes, at the beginning of the buffer.
-    pub size: usize,
-    /// When the reading began.
-    pub read_at: Timestamp,
-    /// What of it could not be read, and is zero in the buffer.
-    pub gaps: Vec<MemoryGap>,
+    /// First address and bytes of what is read, one after the other.
+    pub stretches: Vec<(u64, u64)>,
 }
 
-/// Where memory is read from. Several threads ask for pieces at once.
+/// What a thread holds of its share already, of a source that can only be read from front to back.
+#[derive(Default)]
+pub struct Held {
+    start: u64,
+    buffer: Option<LockedBuffer>,
+}
+
+impl Held {
+    /// Room for `size` bytes that start at `start`, in place of what was held.
+    fn room(&mut self, start: u64, size: u64) -> io::Result<&mut [u8]> {
+        let size = usize::try_from(size).map_err(io::Error::other)?;
+        let buffer = match self.buffer.take() {
+            Some(buffer) if buffer.len() >= size => buffer,
+            _ => LockedBuffer::new(size)?,
+        };
+        self.start = start;
+        Ok(self.buffer.insert(buffer).get_mut(..size).unwrap_or_default())
+    }
+
+    /// Copies what starts at `address`; nothing where that is not held.
+    fn copy(&self, address: u64, to: &mut [u8]) -> Option<()> {
+        let from = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        let held = self.buffer.as_ref()?.get(from..from.checked_add(to.len())?)?;
+        to.copy_from_slice(held);
+        Some(())
+    }
+}
+
+/// Where memory is read from, by several threads at once: each takes a share, and reads it.
 pub trait Source: Sync {
     /// What is expected, in order: first address and bytes of each range.
     fn expected(&self) -> Vec<(u64, u64)>;
 
-    /// Reads the next piece into `buffer`; nothing when there is no more. An error ends the artifact: what was not handed
-    /// out until then is missing.
-    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String>;
+    /// Hands out the next share; nothing when there is no more. An error ends the artifact: what was not handed out until then
+    /// is missing.
+    fn next(&self, held: &mut Held) -> Result<Option<Share>, String>;
 
-    /// Of the pages of a piece that are zero (`zero` has one entry a page), those that the kernel keeps back: reading them
+    /// Reads what starts at `address`, in the share handed out with `held`, and fills `buffer`. What cannot be read is zero and
+    /// comes back.
+    fn read(&self, held: &Held, address: u64, buffer: &mut [u8]) -> Result<Vec<MemoryGap>, String>;
+
+    /// Of the pages behind `address` that are zero (`zero` has one entry a page), those that the kernel keeps back: reading them
     /// gives zeros without an error.
     fn kept_back(&self, _address: u64, _zero: &[bool]) -> Vec<MemoryGap> {
         Vec::new()
@@ -64,7 +90,7 @@ pub trait Source: Sync {
 /// Sizes that follow from how much there is to read.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Bytes of a piece, and so of a frame.
+    /// Bytes of a frame.
     pub frame: usize,
     /// Bytes of memory in a segment.
     pub segment: u64,
@@ -88,45 +114,12 @@ impl Sizes {
     }
 }
 
-/// A cut of the ranges: what one call of [`Source::next`] reads.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Cut {
-    /// Its place, from 0.
-    pub sequence: u64,
-    /// First and last address of the segment that starts here, if one does.
-    pub segment: Option<(u64, u64)>,
-    /// The first address.
-    pub address: u64,
-    /// Bytes.
-    pub size: u64,
-}
-
-impl Cut {
-    /// The piece that was read of it: `size` bytes, of which `gaps` are not what is there. A segment starts with its range's header.
-    fn piece(&self, size: usize, read_at: Timestamp, gaps: Vec<MemoryGap>) -> Piece {
-        let header = self
-            .segment
-            .map(|(start, end)| lime_format::header(start, end).to_vec());
-        Piece {
-            sequence: self.sequence,
-            starts_segment: self.segment.is_some(),
-            head: header.unwrap_or_default(),
-            address: self.address,
-            size,
-            read_at,
-            gaps,
-        }
-    }
-}
-
-/// Cuts ranges into segments, and those into pieces.
+/// Cuts ranges into the shares of a LiME image, each a range of its own.
 #[derive(Debug)]
 pub struct Cutter {
     ranges: VecDeque<(u64, u64)>,
     segment: u64,
-    /// What is left of the segment under way.
-    left: u64,
-    sequence: u64,
+    number: u64,
 }
 
 impl Cutter {
@@ -135,35 +128,27 @@ impl Cutter {
         Cutter {
             ranges: ranges.iter().copied().filter(|(_, size)| *size > 0).collect(),
             segment: segment.max(PAGE),
-            left: 0,
-            sequence: 0,
+            number: 0,
         }
     }
 
-    /// The next cut of at most `most` bytes.
-    pub fn next(&mut self, most: u64) -> Option<Cut> {
+    /// The next share.
+    pub fn next(&mut self) -> Option<Share> {
         let (start, size) = self.ranges.front_mut()?;
-        let mut segment = None;
-        if self.left == 0 {
-            // Segments end at multiples of their size, so that they lie on large pages.
-            let room = self.segment - *start % self.segment;
-            self.left = room.min(*size);
-            segment = Some((*start, start.saturating_add(self.left - 1)));
-        }
-        let cut = Cut {
-            sequence: self.sequence,
-            segment,
-            address: *start,
-            size: most.min(self.left),
+        // Segments end at multiples of their size, so that they lie on large pages.
+        let taken = (self.segment - *start % self.segment).min(*size);
+        let share = Share {
+            number: self.number,
+            head: lime_format::header(*start, start.saturating_add(taken - 1)).to_vec(),
+            stretches: vec![(*start, taken)],
         };
-        self.sequence += 1;
-        self.left -= cut.size;
-        *start = start.saturating_add(cut.size);
-        *size -= cut.size;
+        self.number += 1;
+        *start = start.saturating_add(taken);
+        *size -= taken;
         if *size == 0 {
             self.ranges.pop_front();
         }
-        Some(cut)
+        Some(share)
     }
 }
 
@@ -194,24 +179,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn cuts_are_the_ranges_again(sizes in proptest::collection::vec((0u64..40, 1u64..5), 0..12), segment in 1u64..9, most in 1u64..7) {
+        fn shares_are_the_ranges_again(sizes in proptest::collection::vec((0u64..40, 1u64..5), 0..12), segment in 1u64..9) {
             let mut at = 0;
             let ranges: Vec<(u64, u64)> = sizes.iter().map(|(size, gap)| { at += gap * PAGE; let range = (at, size * PAGE); at += size * PAGE; range }).collect();
             let mut cutter = Cutter::new(&ranges, segment * PAGE);
-            let (mut pages, mut segments, mut sequence) = (Vec::new(), Vec::new(), 0);
-            while let Some(cut) = cutter.next(most * PAGE) {
-                prop_assert_eq!(cut.sequence, sequence);
-                sequence += 1;
-                segments.extend(cut.segment);
-                let (_, end) = segments.last().copied().unwrap();
-                prop_assert!(cut.size > 0 && cut.address + cut.size - 1 <= end);
-                pages.extend((cut.address..cut.address + cut.size).step_by(4096));
+            let (mut pages, mut number) = (Vec::new(), 0);
+            while let Some(share) = cutter.next() {
+                prop_assert_eq!(share.number, number);
+                number += 1;
+                let (start, size) = share.stretches[0];
+                prop_assert_eq!(share.stretches.len(), 1);
+                prop_assert!(size > 0 && size <= segment * PAGE);
+                prop_assert_eq!(share.head, lime_format::header(start, start + size - 1));
+                pages.extend((start..start + size).step_by(4096));
             }
             let expected: Vec<u64> = ranges.iter().flat_map(|(start, size)| (*start..start + size).step_by(4096)).collect();
             prop_assert_eq!(&pages, &expected);
-            let of_segments: Vec<u64> = segments.iter().flat_map(|(start, end)| (*start..=*end).step_by(4096)).collect();
-            prop_assert_eq!(of_segments, expected);
-            prop_assert!(segments.iter().all(|(start, end)| end - start < segment * PAGE));
         }
     }
 }

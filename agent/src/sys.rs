@@ -4,6 +4,8 @@
 //! A platform provides [`COLLECTORS`], [`Look`], `is_root`, `identity`, `clock`, `usage`, `own_program`, `die_with_parent`, `own_descriptors`,
 //! `widen_pipe` and `exit_reason`; for memory, `Vault`, `KeyPages`, `LockedBuffer`, `read_at`, `open_regular`,//! `is_own_disk`, `total_memory`, and of kernel modules `load_module`, `remove_module`, `stand_alone`, `interrupt`, `this_thread`.
 
+pub mod sha256;
+
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(target_os = "linux")]

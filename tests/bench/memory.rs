@@ -106,20 +106,16 @@ fn size(path: &Path) -> Result<f64> {
 fn native(image: &Path, folder: &Path) -> Result<()> {
     let (agent, controller) = (programs::static_agent()?, programs::controller()?);
     let avml = programs::target().join("lab/avml/bin/avml");
-    let (base, zst, converted) = (
-        folder.join("store"),
-        folder.join("image.zst"),
-        folder.join("image.avml"),
-    );
+    let (zst, converted) = (folder.join("image.zst"), folder.join("image.avml"));
     let fetched = folder.join("fetched");
     let [mut ours, mut zstd, mut avmls, mut fetches, mut plain] = [const { Vec::new() }; 5];
     let mut single = Vec::new();
     for turn in 0..=TURNS {
-        let _ = (
-            fs::remove_dir_all(&base),
-            fs::remove_dir_all(&fetched),
-            fs::remove_file(&converted),
-        );
+        // What is deleted or still unwritten of the turn before would be paid for by whoever syncs first.
+        let base = folder.join(format!("store-{turn}"));
+        let _ = (fs::remove_dir_all(&fetched), fs::remove_file(&converted));
+        ensure!(Command::new("sync").status()?.success(), "sync");
+
         let capture = run(Command::new(&agent)
             .args(["capture", "--profile", "memory", "--store"])
             .arg(&base)
@@ -161,6 +157,7 @@ fn native(image: &Path, folder: &Path) -> Result<()> {
             plain.push(pipe);
         }
     }
+    let base = folder.join(format!("store-{TURNS}"));
     let (verdict, code, _) = store::verify(&base, &[])?;
     ensure!(code == 0, "the capture is {verdict}");
     let stored: u64 = store::objects(&store::folder(&base)?)?

@@ -1,7 +1,7 @@
 //! Runs of segments: what the chain says of each, and how a stream of records becomes them.
 
 use crate::{
-    frames::{Frame, Framer, SegmentBuilder},
+    frames::{Framer, SegmentBuilder},
     layout::{Artifact, Key},
     root::{Hash, root},
 };
@@ -71,20 +71,31 @@ pub struct Packed {
     pub entry: SegmentEntry,
 }
 
-fn pack(artifact: &Artifact, number: u64, bytes: Vec<u8>, frames: &[Frame], records: Option<u64>) -> Packed {
-    let leaves: Vec<Hash> = frames.iter().map(|f| f.sha256).collect();
-    let entry = SegmentEntry {
-        artifact: artifact.clone(),
-        number,
-        sha256: Hash::of(&bytes),
-        stored: bytes.len() as u64,
-        plain: frames.iter().map(|f| u64::from(f.plain)).sum(),
-        frames: frames.len() as u64,
-        frames_root: root(&leaves),
-        records,
-        receipt: Receipt::default(),
-    };
-    Packed { bytes, entry }
+impl Packed {
+    /// Ends the segment under way and takes it out of `builder`; `None` when nothing was pushed. `sha256` gives the hash of the
+    /// object.
+    pub fn take(
+        artifact: Artifact,
+        number: u64,
+        builder: &mut SegmentBuilder,
+        records: Option<u64>,
+        sha256: impl FnOnce(&[u8]) -> Hash,
+    ) -> Option<Packed> {
+        let (bytes, frames) = builder.finish()?;
+        let leaves: Vec<Hash> = frames.iter().map(|f| f.sha256).collect();
+        let entry = SegmentEntry {
+            artifact,
+            number,
+            sha256: sha256(&bytes),
+            stored: bytes.len() as u64,
+            plain: frames.iter().map(|f| u64::from(f.plain)).sum(),
+            frames: frames.len() as u64,
+            frames_root: root(&leaves),
+            records,
+            receipt: Receipt::default(),
+        };
+        Some(Packed { bytes, entry })
+    }
 }
 
 /// Plaintext of a frame of records.
@@ -140,7 +151,7 @@ impl RecordPacker {
         if self.plain.len() >= FRAME {
             self.frame()?;
         }
-        Ok(if self.builder.stored() >= SEGMENT {
+        Ok(if self.builder.stored().len() >= SEGMENT {
             self.segment()
         } else {
             None
@@ -163,55 +174,16 @@ impl RecordPacker {
     }
 
     fn segment(&mut self) -> Option<Packed> {
-        let (bytes, frames) = self.builder.finish()?;
+        let packed = Packed::take(
+            self.artifact.clone(),
+            self.number + 1,
+            &mut self.builder,
+            Some(self.records),
+            Hash::of,
+        )?;
         self.number += 1;
-        Some(pack(
-            &self.artifact,
-            self.number,
-            bytes,
-            &frames,
-            Some(std::mem::take(&mut self.records)),
-        ))
-    }
-}
-
-/// Packs frames that were made elsewhere, and come in order, into the segments of one artifact.
-pub struct FramePacker {
-    artifact: Artifact,
-    builder: SegmentBuilder,
-    number: u64,
-}
-
-impl FramePacker {
-    /// A packer whose first segment will be number 1.
-    pub fn new(artifact: Artifact) -> Self {
-        FramePacker {
-            artifact,
-            builder: SegmentBuilder::default(),
-            number: 0,
-        }
-    }
-
-    /// Appends one frame.
-    pub fn append(&mut self, frame: Frame, stored: &[u8]) -> io::Result<()> {
-        self.builder.append(frame, stored)
-    }
-
-    /// Takes a buffer back; see [`SegmentBuilder::reuse`].
-    pub fn reuse(&mut self, buffer: Vec<u8>) {
-        self.builder.reuse(buffer);
-    }
-
-    /// Bytes of the segment under way.
-    pub fn stored(&self) -> usize {
-        self.builder.stored()
-    }
-
-    /// Ends the segment under way, if there is anything in it.
-    pub fn segment(&mut self) -> Option<Packed> {
-        let (bytes, frames) = self.builder.finish()?;
-        self.number += 1;
-        Some(pack(&self.artifact, self.number, bytes, &frames, None))
+        self.records = 0;
+        Some(packed)
     }
 }
 

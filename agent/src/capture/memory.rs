@@ -24,7 +24,7 @@ use std::{
 };
 use stillframe_evidence::{
     chain::{MAX_RANGES, Problem, RangeAccount, Status},
-    frames::Framer,
+    frames::{Framer, SegmentBuilder},
     image::Image,
     layout::{Artifact, Kind},
     records::{
@@ -32,7 +32,7 @@ use stillframe_evidence::{
         memory::{Companion, MemoryGap, MemorySource},
     },
     root::Hash,
-    segments::FramePacker,
+    segments::Packed,
     text::{Text, write_json},
 };
 
@@ -165,10 +165,10 @@ impl Session<'_> {
             what: "no compressor",
             why: error.to_string(),
         };
-        let mut packer = FramePacker::new(artifact.clone());
+        let mut number = 0;
+        let mut builder = SegmentBuilder::default();
         let mut framer = Framer::new(super::LEVEL).map_err(system)?;
         let mut plain = Vec::with_capacity(FRAME);
-        let mut stored = Vec::new();
         let (mut sha256, mut bytes) = (Sha256::new(), 0u64);
         // Per-CPU symbols have small numbers for addresses; a kernel that hides them gives zeros for all others, too.
         let mut hidden = found.name == "kallsyms";
@@ -194,14 +194,25 @@ impl Session<'_> {
             }
             sha256.update(&plain);
             bytes += plain.len() as u64;
-            stored.clear();
-            let frame = framer.frame(&plain, read_at, &mut stored).map_err(system)?;
-            packer.append(frame, &stored).map_err(system)?;
-            if packer.stored() >= SEGMENT {
-                self.send_memory(packer.segment())?;
+            builder.push(&mut framer, &plain, read_at).map_err(system)?;
+            if builder.stored().len() >= SEGMENT {
+                number += 1;
+                self.send_memory(Packed::take(
+                    artifact.clone(),
+                    number,
+                    &mut builder,
+                    None,
+                    Hash::of,
+                ))?;
             }
         }
-        self.send_memory(packer.segment())?;
+        self.send_memory(Packed::take(
+            artifact.clone(),
+            number + 1,
+            &mut builder,
+            None,
+            Hash::of,
+        ))?;
         if hidden && bytes > 0 {
             end.how
                 .notes
@@ -223,10 +234,7 @@ impl Session<'_> {
 
     /// Puts a segment of memory; few are in flight at once, since each is megabytes. False when the store has failed on one of
     /// this step: no later one can be read without it.
-    fn send_memory(
-        &mut self,
-        packed: Option<stillframe_evidence::segments::Packed>,
-    ) -> Result<bool, Failure> {
+    fn send_memory(&mut self, packed: Option<Packed>) -> Result<bool, Failure> {
         let Some(packed) = packed else { return Ok(true) };
         while self.put.in_flight > 1 && self.broken.is_none() {
             self.settle(true);
@@ -470,7 +478,7 @@ impl Session<'_> {
         let limits = Limits {
             threads,
             frame: sizes.frame,
-            segment: usize::try_from(sizes.segment * 5 / 8).unwrap_or(0),
+            segment: usize::try_from(sizes.segment + sizes.segment / 16 + (64 << 10)).unwrap_or(0),
             level: sizes.level,
             rate: request.memory.rate,
             until: Instant::now() + step.deadline,
@@ -502,17 +510,19 @@ impl Session<'_> {
         let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
         let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
         let mut summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
-            Told::Segment(packed) => Ok::<_, Failure>(match self.send_memory(Some(packed))? {
-                true => Answer::Go(self.spare.take()),
-                false => Answer::Stop,
-            }),
-            Told::Packed(done, found) => {
+            Told::Segment(packed, found) => {
                 for gap in found {
                     match gaps.len() < MAX_GAPS {
-                        true => crate::memory::join(&mut gaps, gap.clone()),
+                        true => crate::memory::join(&mut gaps, gap),
                         false => untold += 1,
                     }
                 }
+                Ok::<_, Failure>(match self.send_memory(Some(packed))? {
+                    true => Answer::Go(self.spare.pop()),
+                    false => Answer::Stop,
+                })
+            }
+            Told::Read(done) => {
                 if let Some(current) = &mut self.current {
                     current.outcome.bytes = before.saturating_add(done);
                 }
@@ -531,6 +541,9 @@ impl Session<'_> {
             self.settle(true);
         }
         let failed = self.current.as_ref().and_then(|current| current.failed_at);
+        if let Some(current) = &mut self.current {
+            current.outcome.bytes = before.saturating_add(summary.bytes);
+        }
         summary.close(failed);
         for gap in gaps {
             self.datum(&place, Data::MemoryGap(Box::new(gap)))?;

@@ -1,8 +1,7 @@
 //! An image that somebody else took (LiME, AVML, ELF core, raw): brought into a capture with the same frames, hashes and chain.
 
-use super::{Cutter, Piece, Source, part};
+use super::{Cutter, Held, Share, Source};
 use crate::collect::describe;
-use jiff::Timestamp;
 use std::{
     fs::File,
     path::Path,
@@ -47,28 +46,20 @@ impl Source for ImageFile<'_> {
         self.expected.clone()
     }
 
-    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
-        let cut = self
-            .cutter
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .next(buffer.len() as u64);
-        let Some(cut) = cut else { return Ok(None) };
-        let read_at = Timestamp::now();
-        let piece = part(buffer, 0, cut.size);
-        let size = piece.len();
-        let gaps = match self.image.read(cut.address, piece) {
-            Ok(_) => Vec::new(),
-            Err(error) => {
-                piece.fill(0);
-                vec![MemoryGap {
-                    start: cut.address,
-                    end: cut.address.saturating_add(cut.size - 1),
-                    gap: Gap::Unreadable,
-                    why: describe(&error),
-                }]
-            }
+    fn next(&self, _held: &mut Held) -> Result<Option<Share>, String> {
+        Ok(self.cutter.lock().unwrap_or_else(PoisonError::into_inner).next())
+    }
+
+    fn read(&self, _held: &Held, address: u64, buffer: &mut [u8]) -> Result<Vec<MemoryGap>, String> {
+        let Err(error) = self.image.read(address, buffer) else {
+            return Ok(Vec::new());
         };
-        Ok(Some(cut.piece(size, read_at, gaps)))
+        buffer.fill(0);
+        Ok(vec![MemoryGap {
+            start: address,
+            end: address.saturating_add((buffer.len() as u64).saturating_sub(1)),
+            gap: Gap::Unreadable,
+            why: describe(&error),
+        }])
     }
 }

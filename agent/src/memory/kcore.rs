@@ -2,9 +2,8 @@
 //! is a stretch of RAM; kernels that leave `p_paddr` zero are read by their direct map. The kernel says nothing when it keeps
 //! a page back: zeros come, and no error. So pages of zeros are looked up in `/proc/kpageflags`.
 
-use super::{Cutter, PAGE, Piece, Source, join, part, ranges};
+use super::{Cutter, Held, PAGE, Share, Source, join, part, ranges};
 use crate::collect::describe;
-use jiff::Timestamp;
 use std::{
     fmt,
     fs::{self, File},
@@ -297,20 +296,13 @@ impl Source for Kcore {
         self.expected.clone()
     }
 
-    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
-        let cut = self
-            .cutter
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .next(buffer.len() as u64);
-        let Some(cut) = cut else { return Ok(None) };
-        let read_at = Timestamp::now();
-        let piece = part(buffer, 0, cut.size);
-        let size = piece.len();
-        let gaps = self
-            .with_file(|file| self.fill(file, cut.address, piece))
-            .map_err(|error| format!("/proc/kcore: {}", describe(&error)))?;
-        Ok(Some(cut.piece(size, read_at, gaps)))
+    fn next(&self, _held: &mut Held) -> Result<Option<Share>, String> {
+        Ok(self.cutter.lock().unwrap_or_else(PoisonError::into_inner).next())
+    }
+
+    fn read(&self, _held: &Held, address: u64, buffer: &mut [u8]) -> Result<Vec<MemoryGap>, String> {
+        self.with_file(|file| self.fill(file, address, buffer))
+            .map_err(|error| format!("/proc/kcore: {}", describe(&error)))
     }
 
     fn kept_back(&self, address: u64, zero: &[bool]) -> Vec<MemoryGap> {

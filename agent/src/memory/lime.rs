@@ -5,22 +5,21 @@
 //! Two things that LiME does unless told not to: it gives up a page that nobody reads for a second and writes zeros from there
 //! on (`timeout=0`), and it listens on every address (`localhostonly=1`).
 
-use super::{Cutter, Piece, Source, part};
+use super::{Cutter, Held, PAGE, Share, Source};
 use crate::collect::describe;
 use goblin::elf::Elf;
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::{
     fs::File,
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, Read, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
-use stillframe_evidence::{image::lime, root::Hash, text::printable};
+use stillframe_evidence::{image::lime, records::memory::MemoryGap, root::Hash, text::printable};
 
 /// A module that is larger is not LiME.
 const MAX_MODULE: u64 = 16 << 20;
@@ -203,7 +202,9 @@ struct Guardian {
 struct Stream {
     socket: TcpStream,
     cutter: Option<Cutter>,
-    sequence: u64,
+    shares: u64,
+    /// Why it ended within the share that was handed out last.
+    ended: Option<String>,
 }
 
 impl Lime {
@@ -274,7 +275,8 @@ impl Lime {
             stream: Mutex::new(Stream {
                 socket,
                 cutter: None,
-                sequence: 0,
+                shares: 0,
+                ended: None,
             }),
             guardian: Mutex::new(guardian),
         })
@@ -320,25 +322,42 @@ impl Lime {
 }
 
 impl Stream {
-    /// The piece under way, or the first of the next range.
-    fn cut(&mut self, most: u64, segment: u64) -> Result<Option<super::Cut>, String> {
+    /// What is next of the range under way, or of the one that follows it.
+    fn share(&mut self, segment: u64) -> Result<Option<Share>, String> {
         loop {
-            if let Some(cut) = self.cutter.as_mut().and_then(|cutter| cutter.next(most)) {
-                return Ok(Some(cut));
+            if let Some(mut share) = self.cutter.as_mut().and_then(Cutter::next) {
+                // Each range has a cutter of its own.
+                share.number = self.shares;
+                self.shares += 1;
+                return Ok(Some(share));
             }
             let mut header = [0; lime::HEADER];
-            let mut filled = 0;
-            while filled < header.len() {
-                match self.socket.read(header.get_mut(filled..).unwrap_or_default()) {
-                    Ok(0) if filled == 0 => return Ok(None),
-                    Ok(0) => return Err("LiME ended within the header of a range".to_owned()),
-                    Ok(n) => filled += n,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-                    Err(error) => return Err(format!("LiME: {}", describe(&error))),
+            match read_full(&mut self.socket, &mut header) {
+                (_, Ok(())) => (),
+                (0, Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+                (_, Err(error)) => {
+                    return Err(format!("LiME, at the header of a range: {}", describe(&error)));
                 }
             }
             let (start, end) = lime::parse(&header).ok_or("LiME sent what is no header of a range")?;
             self.cutter = Some(Cutter::new(&[(start, end - start + 1)], segment));
+        }
+    }
+}
+
+/// How many bytes came, and what came instead of the rest.
+fn read_full(from: &mut impl Read, buffer: &mut [u8]) -> (u64, io::Result<()>) {
+    let mut filled = 0;
+    loop {
+        let rest = buffer.get_mut(filled..).unwrap_or_default();
+        if rest.is_empty() {
+            return (filled as u64, Ok(()));
+        }
+        match from.read(rest) {
+            Ok(0) => return (filled as u64, Err(io::ErrorKind::UnexpectedEof.into())),
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            Err(error) => return (filled as u64, Err(error)),
         }
     }
 }
@@ -348,21 +367,42 @@ impl Source for Lime {
         self.expected.clone()
     }
 
-    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
+    /// Reads the share as well: the stream goes on with the next one, which another thread waits for.
+    fn next(&self, held: &mut Held) -> Result<Option<Share>, String> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(mut cut) = stream.cut(buffer.len() as u64, self.segment)? else {
+        if let Some(why) = stream.ended.take() {
+            return Err(why);
+        }
+        let Some(mut share) = stream.share(self.segment)? else {
             return Ok(None);
         };
-        let read_at = Timestamp::now();
-        let piece = part(buffer, 0, cut.size);
-        stream
-            .socket
-            .read_exact(piece)
-            .map_err(|error| format!("LiME ended at {:#x}: {}", cut.address, describe(&error)))?;
-        // Each range of LiME's has a cutter of its own.
-        cut.sequence = stream.sequence;
-        stream.sequence += 1;
-        Ok(Some(cut.piece(piece.len(), read_at, Vec::new())))
+        let (start, size) = share.stretches.first().copied().unwrap_or_default();
+        let buffer = held
+            .room(start, size)
+            .map_err(|error| format!("LiME: no memory for a buffer: {error}"))?;
+        let (read, how) = read_full(&mut stream.socket, buffer);
+        if let Err(error) = how {
+            // What came before the end is a shorter share.
+            let why = format!(
+                "LiME ended at {:#x}: {}",
+                start.saturating_add(read),
+                describe(&error)
+            );
+            let whole = read - read % PAGE;
+            if whole == 0 {
+                return Err(why);
+            }
+            stream.ended = Some(why);
+            share.head = lime::header(start, start.saturating_add(whole - 1)).to_vec();
+            share.stretches = vec![(start, whole)];
+        }
+        Ok(Some(share))
+    }
+
+    fn read(&self, held: &Held, address: u64, buffer: &mut [u8]) -> Result<Vec<MemoryGap>, String> {
+        held.copy(address, buffer)
+            .ok_or("a share was read that LiME did not send")?;
+        Ok(Vec::new())
     }
 
     fn is_this_host(&self) -> bool {

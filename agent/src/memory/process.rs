@@ -1,9 +1,8 @@
 //! The memory of one process, as an ELF core that a debugger opens (gABI; kernel `fs/binfmt_elf.c`). The process is neither stopped nor
 //! traced, and no page of it is brought in: only what is resident or swapped out is read, and the rest is left out and told.
 
-use super::{PAGE, Piece, Source, join, part};
+use super::{Held, PAGE, Share, Source, join, part};
 use crate::collect::describe;
-use jiff::Timestamp;
 use std::{
     collections::VecDeque,
     fs::{self, File},
@@ -40,9 +39,8 @@ pub struct Process {
 
 struct State {
     runs: VecDeque<(u64, u64)>,
-    sequence: u64,
+    number: u64,
     head: Vec<u8>,
-    in_segment: u64,
 }
 
 impl Process {
@@ -103,9 +101,8 @@ impl Process {
             memory,
             state: Mutex::new(State {
                 runs: runs.iter().copied().collect(),
-                sequence: 0,
+                number: 0,
                 head: head.clone(),
-                in_segment: 0,
             }),
             head,
             runs,
@@ -289,27 +286,29 @@ impl Source for Process {
         self.runs.clone()
     }
 
-    fn next(&self, buffer: &mut [u8]) -> Result<Option<Piece>, String> {
-        let (sequence, starts_segment, head, address, size) = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some((start, left)) = state.runs.front_mut() else {
-                return Ok(None);
-            };
-            let address = *start;
-            let size = (buffer.len() as u64).min(*left);
+    fn next(&self, _held: &mut Held) -> Result<Option<Share>, String> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut share = Share {
+            number: state.number,
+            head: std::mem::take(&mut state.head),
+            stretches: Vec::new(),
+        };
+        let mut room = self.segment;
+        while let Some((start, left)) = state.runs.front_mut().filter(|_| room > 0) {
+            let size = room.min(*left);
+            share.stretches.push((*start, size));
+            room -= size;
             *start += size;
             *left -= size;
             if *left == 0 {
                 state.runs.pop_front();
             }
-            let starts = state.in_segment == 0 || state.in_segment + size > self.segment;
-            state.in_segment = if starts { size } else { state.in_segment + size };
-            let sequence = state.sequence;
-            state.sequence += 1;
-            (sequence, starts, std::mem::take(&mut state.head), address, size)
-        };
-        let read_at = Timestamp::now();
-        let piece = part(buffer, 0, size);
+        }
+        state.number += 1;
+        Ok((room < self.segment).then_some(share))
+    }
+
+    fn read(&self, _held: &Held, address: u64, piece: &mut [u8]) -> Result<Vec<MemoryGap>, String> {
         let size = piece.len();
         let mut gaps = Vec::new();
         let mut done = 0u64;
@@ -338,15 +337,7 @@ impl Source for Process {
             join(&mut gaps, gap);
             done += page;
         }
-        Ok(Some(Piece {
-            sequence,
-            starts_segment,
-            head,
-            address,
-            size,
-            read_at,
-            gaps,
-        }))
+        Ok(gaps)
     }
 }
 

@@ -1,7 +1,10 @@
-//! From a source to segments: threads that each read, hash and compress a frame at a time, and one place that puts the frames
-//! in order. No hash runs over the whole, so nothing is serial but the order.
+//! From a source to segments: threads that each read, hash and compress a segment of their own, a frame at a time, and one place
+//! that puts the segments in order. No hash runs over the whole, so nothing is serial but the order.
 
-use super::{PAGE, Piece, Source, join};
+use super::{
+    Held, PAGE, Share, Source, join,
+    sha256::{Running, advance},
+};
 use crate::{
     cancel::Cancel,
     sys::{KeyPages, LockedBuffer},
@@ -9,19 +12,20 @@ use crate::{
 use jiff::Timestamp;
 use std::{
     collections::{BTreeMap, VecDeque},
+    io,
     sync::{
         Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicI32, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
 };
 use stillframe_evidence::{
     chain::RangeAccount,
-    frames::{Frame, Framer},
+    frames::{Frame, Framer, SegmentBuilder},
     layout::Artifact,
     records::memory::{Gap, MemoryGap},
-    segments::{FramePacker, Packed},
+    segments::Packed,
 };
 
 /// The levels of zstd between which the stream moves: from one that outruns most stores to one that a slow link is worth.
@@ -34,7 +38,7 @@ pub struct Limits {
     pub threads: usize,
     /// Bytes of a frame.
     pub frame: usize,
-    /// Bytes that a segment usually has at most as stored: what its buffer starts with.
+    /// Bytes that a segment has at most as stored: its buffer never grows, and what is not written to is never there.
     pub segment: usize,
     /// The highest level of zstd that its memory is worth here.
     pub level: i32,
@@ -52,16 +56,16 @@ pub enum Answer {
     Stop,
 }
 
-/// What the caller is told, in order.
+/// What the caller is told.
 #[allow(
     clippy::large_enum_variant,
     reason = "there is one at a time, and it is moved once"
 )]
-pub enum Told<'a> {
-    /// A segment is ready.
-    Segment(Packed),
-    /// So many bytes are packed, and these gaps were in them.
-    Packed(u64, &'a [MemoryGap]),
+pub enum Told {
+    /// The next segment is ready, in order, and these gaps are in it.
+    Segment(Packed, Vec<MemoryGap>),
+    /// So many bytes have been read; now and then.
+    Read(u64),
 }
 
 /// What came of it.
@@ -129,32 +133,39 @@ struct Tally {
     unreadable: u64,
 }
 
-/// A piece after hashing and compressing.
-struct Made {
-    sequence: u64,
-    starts_segment: bool,
-    head: Option<Frame>,
-    frame: Frame,
-    /// The stored bytes of `head`, then of `frame`.
-    stored: Vec<u8>,
+/// What became of a stretch of a segment.
+struct Account {
     address: u64,
+    size: u64,
     tally: Tally,
+}
+
+/// A segment after hashing and compressing.
+struct Made {
+    number: u64,
+    packed: Packed,
+    stretches: Vec<Account>,
     gaps: Vec<MemoryGap>,
 }
 
 struct Shared<'a> {
     source: &'a dyn Source,
+    artifact: Artifact,
     key: &'a KeyPages,
     limits: Limits,
     level: AtomicI32,
+    /// No segment is begun any more; those under way are finished, without a pause.
     stop: AtomicBool,
-    /// Pieces taken, and pieces that are in their segment: what lies between is in memory.
+    /// Nobody takes what is made: nothing is finished.
+    abandoned: AtomicBool,
+    /// Segments begun, and segments handed to the caller: what lies between is in memory.
     window: Mutex<(u64, u64)>,
     moved: Condvar,
-    /// Buffers of frames that were packed, for the next ones.
+    /// Buffers of segments that were stored, for the next ones.
     spare: Mutex<Vec<Vec<u8>>>,
     started: Instant,
-    paced: Mutex<u64>,
+    /// Bytes of plaintext read.
+    read: AtomicU64,
 }
 
 /// Streams all of `source` into segments of `artifact`. `told` may end it with an error of its own.
@@ -168,15 +179,17 @@ pub fn run<E>(
 ) -> Result<Summary, E> {
     let shared = Shared {
         source,
+        artifact,
         key,
         limits,
         level: AtomicI32::new(LEVELS.first().copied().unwrap_or(1)),
         stop: AtomicBool::new(false),
+        abandoned: AtomicBool::new(false),
         window: Mutex::new((0, 0)),
         moved: Condvar::new(),
         spare: Mutex::default(),
         started: Instant::now(),
-        paced: Mutex::new(0),
+        read: AtomicU64::new(0),
     };
     let threads = limits.threads.max(1);
     std::thread::scope(|scope| {
@@ -184,7 +197,7 @@ pub fn run<E>(
         let mut summary = Summary::default();
         for number in 0..threads {
             let (give, shared) = (give.clone(), &shared);
-            let mut buffer = match LockedBuffer::new(limits.frame) {
+            let mut buffer = match LockedBuffer::new(limits.frame * AT_ONCE) {
                 Ok(buffer) => buffer,
                 // One thread is enough.
                 Err(_) if number > 0 => break,
@@ -210,9 +223,10 @@ pub fn run<E>(
             }
         }
         drop(give);
-        let result = assemble(&shared, artifact, cancel, &made, &mut summary, &mut told);
+        let result = hand_over(&shared, cancel, &made, &mut summary, &mut told);
         // Whoever still waits, for a turn or to hand over, is let go.
         shared.stop.store(true, Ordering::Relaxed);
+        shared.abandoned.store(true, Ordering::Relaxed);
         shared.moved.notify_all();
         drop(made);
         result.map(|()| summary)
@@ -225,14 +239,15 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// Waits until the window has room; false when it is over.
 fn turn(shared: &Shared) -> bool {
-    let ahead = shared.limits.threads.max(1) as u64 * 2;
+    // One for each thread, and some so that a thread with an easy segment need not wait for the one before it.
+    let ahead = (shared.limits.threads + shared.limits.threads / 2).max(1) as u64;
     let mut window = lock(&shared.window);
     loop {
         if shared.stop.load(Ordering::Relaxed) {
             return false;
         }
-        let (taken, done) = *window;
-        if taken - done < ahead {
+        let (begun, done) = *window;
+        if begun - done < ahead {
             window.0 += 1;
             return true;
         }
@@ -244,16 +259,11 @@ fn turn(shared: &Shared) -> bool {
     }
 }
 
-fn pace(shared: &Shared, bytes: u64) {
+fn pace(shared: &Shared, read: u64) {
     let Some(rate) = shared.limits.rate.filter(|rate| *rate > 0) else {
         return;
     };
-    let so_far = {
-        let mut paced = lock(&shared.paced);
-        *paced += bytes;
-        *paced
-    };
-    let due = Duration::from_millis(so_far.saturating_mul(1000) / rate);
+    let due = Duration::from_millis(read.saturating_mul(1000) / rate);
     let mut early = due.saturating_sub(shared.started.elapsed());
     while !early.is_zero() && !shared.stop.load(Ordering::Relaxed) {
         let nap = early.min(Duration::from_millis(200));
@@ -262,62 +272,32 @@ fn pace(shared: &Shared, bytes: u64) {
     }
 }
 
+/// Makes one segment after another.
 fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, String>>) -> Result<(), String> {
     let no_compressor = |error: std::io::Error| format!("no compressor: {error}");
     let mut level = shared.level.load(Ordering::Relaxed);
-    let mut framer = Framer::of_memory(level).map_err(no_compressor)?;
-    let mut zeros: Option<(Frame, Vec<u8>)> = None;
+    let mut maker = Maker {
+        framer: Framer::of_memory(level).map_err(no_compressor)?,
+        builder: SegmentBuilder::default(),
+        sha256: Running::new(),
+        zeros: None,
+    };
+    let mut held = Held::default();
     while turn(shared) {
-        let Some(mut piece) = shared.source.next(buffer)? else {
+        let Some(share) = shared.source.next(&mut held)? else {
             return Ok(());
-        };
-        let Some(plain) = buffer.get_mut(..piece.size) else {
-            return Err("a source gave more than its buffer holds".to_owned());
         };
         let wanted = shared.level.load(Ordering::Relaxed);
         if wanted != level {
-            framer.set_level_of_memory(wanted).map_err(no_compressor)?;
+            maker.framer.set_level_of_memory(wanted).map_err(no_compressor)?;
             level = wanted;
         }
-        let (tally, all_zero) = account(shared, &mut piece, plain);
-        let mut stored = lock(&shared.spare).pop().unwrap_or_default();
-        stored.clear();
-        let failed = |error: std::io::Error| format!("{:#x} could not be compressed: {error}", piece.address);
-        let head = match piece.head.is_empty() {
-            true => None,
-            false => Some(
-                framer
-                    .frame(&piece.head, piece.read_at, &mut stored)
-                    .map_err(failed)?,
-            ),
-        };
-        let frame = match &zeros {
-            // The frame of so many zeros is always the same one.
-            Some((frame, bytes)) if all_zero && usize::try_from(frame.plain) == Ok(piece.size) => {
-                stored.extend_from_slice(bytes);
-                let read_at =
-                    Timestamp::from_microsecond(piece.read_at.as_microsecond()).unwrap_or(piece.read_at);
-                Frame { read_at, ..*frame }
-            }
-            _ => {
-                let before = stored.len();
-                let frame = framer.frame(plain, piece.read_at, &mut stored).map_err(failed)?;
-                if all_zero {
-                    zeros = Some((frame, stored.get(before..).unwrap_or_default().to_vec()));
-                }
-                frame
-            }
-        };
-        pace(shared, piece.size as u64);
-        let made = Made {
-            sequence: piece.sequence,
-            starts_segment: piece.starts_segment,
-            head,
-            frame,
-            stored,
-            address: piece.address,
-            tally,
-            gaps: piece.gaps,
+        let room = lock(&shared.spare).pop();
+        maker
+            .builder
+            .reuse(room.unwrap_or_else(|| Vec::with_capacity(shared.limits.segment)));
+        let Some(made) = maker.segment(shared, &share, &held, buffer)? else {
+            return Ok(());
         };
         if give.send(Ok(made)).is_err() {
             return Ok(());
@@ -326,13 +306,141 @@ fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, Strin
     Ok(())
 }
 
-/// Leaves out the pages of the key, and says of every byte what it is.
-fn account(shared: &Shared, piece: &mut Piece, plain: &mut [u8]) -> (Tally, bool) {
+/// Frames that are read before they are hashed, side by side.
+const AT_ONCE: usize = 2;
+
+/// The plaintext of a frame.
+struct Read<'a> {
+    plain: &'a [u8],
+    at: Timestamp,
+    zero: bool,
+}
+
+/// What a thread hashes and compresses with.
+struct Maker {
+    framer: Framer,
+    builder: SegmentBuilder,
+    /// Of the segment, as far as it has been hashed.
+    sha256: Running,
+    /// The frame of zeros, by its size: it is always the same one.
+    zeros: Option<(Frame, Vec<u8>)>,
+}
+
+impl Maker {
+    /// Reads, hashes and compresses one share. Nothing comes when nobody wants it any more.
+    fn segment(
+        &mut self,
+        shared: &Shared,
+        share: &Share,
+        held: &Held,
+        buffer: &mut [u8],
+    ) -> Result<Option<Made>, String> {
+        let mut stretches = Vec::new();
+        let mut gaps = Vec::new();
+        for head in share.head.chunks(shared.limits.frame.max(1)) {
+            self.builder
+                .push(&mut self.framer, head, Timestamp::now())
+                .map_err(|error| format!("a head could not be compressed: {error}"))?;
+        }
+        for (start, size) in &share.stretches {
+            let mut tally = Tally::default();
+            let (mut address, end) = (*start, start.saturating_add(*size));
+            while address < end {
+                if shared.abandoned.load(Ordering::Relaxed) {
+                    return Ok(None);
+                }
+                let room = (buffer.len() as u64).min(end - address);
+                let mut reads = Vec::with_capacity(AT_ONCE);
+                for plain in super::part(buffer, 0, room).chunks_mut(shared.limits.frame.max(1)) {
+                    let size = plain.len() as u64;
+                    let at = Timestamp::now();
+                    let mut found = shared.source.read(held, address, plain)?;
+                    let zero = account(shared, address, plain, &mut found, &mut tally);
+                    found.into_iter().for_each(|gap| join(&mut gaps, gap));
+                    pace(shared, shared.read.fetch_add(size, Ordering::Relaxed) + size);
+                    address += size;
+                    reads.push(Read { plain, at, zero });
+                }
+                self.frames(&reads).map_err(|error| {
+                    format!("what lies before {address:#x} could not be compressed: {error}")
+                })?;
+            }
+            stretches.push(Account {
+                address: *start,
+                size: *size,
+                tally,
+            });
+        }
+        let sha256 = std::mem::replace(&mut self.sha256, Running::new());
+        let packed = Packed::take(
+            shared.artifact.clone(),
+            share.number + 1,
+            &mut self.builder,
+            None,
+            |object| sha256.finish(object),
+        );
+        Ok(packed.map(|packed| Made {
+            number: share.number,
+            packed,
+            stretches,
+            gaps,
+        }))
+    }
+
+    fn frames(&mut self, reads: &[Read]) -> io::Result<()> {
+        let busy: Vec<&[u8]> = reads
+            .iter()
+            .filter(|read| !read.zero)
+            .map(|read| read.plain)
+            .collect();
+        let plain = |n| busy.get(n).copied().unwrap_or_default();
+        let mut running = [Running::new(); AT_ONCE];
+        let [first, second] = &mut running;
+        let streams = [plain(0), plain(1), self.builder.stored()];
+        advance([first, second, &mut self.sha256], streams);
+        let mut running = running.into_iter();
+        for read in reads {
+            let running = if read.zero { None } else { running.next() };
+            match running {
+                Some(running) => {
+                    let sha256 = running.finish(read.plain);
+                    self.builder
+                        .push_of_hash(&mut self.framer, read.plain, sha256, read.at)?;
+                }
+                None => self.zeros(read)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, read: &Read) -> io::Result<()> {
+        if let Some((frame, bytes)) = &self.zeros
+            && usize::try_from(frame.plain) == Ok(read.plain.len())
+        {
+            let read_at = Timestamp::from_microsecond(read.at.as_microsecond()).unwrap_or(read.at);
+            return self.builder.append(Frame { read_at, ..*frame }, bytes);
+        }
+        let mut bytes = Vec::new();
+        let frame = self.framer.frame(read.plain, read.at, &mut bytes)?;
+        self.builder.append(frame, &bytes)?;
+        self.zeros = Some((frame, bytes));
+        Ok(())
+    }
+}
+
+/// Leaves out the pages of the key, and says of every byte what it is. True when all are zero.
+fn account(
+    shared: &Shared,
+    address: u64,
+    plain: &mut [u8],
+    gaps: &mut Vec<MemoryGap>,
+    tally: &mut Tally,
+) -> bool {
     if shared.source.is_this_host() {
-        for (start, end) in shared.key.inside(piece.address, plain.len() as u64) {
-            super::part(plain, start - piece.address, end - start).fill(0);
+        for (start, end) in shared.key.inside(address, plain.len() as u64) {
+            super::part(plain, start - address, end - start).fill(0);
             join(
-                &mut piece.gaps,
+                gaps,
                 MemoryGap {
                     start,
                     end: end - 1,
@@ -344,26 +452,21 @@ fn account(shared: &Shared, piece: &mut Piece, plain: &mut [u8]) -> (Tally, bool
     }
     let zero: Vec<bool> = plain.chunks(4096).map(is_zero).collect();
     let kept_back = if zero.contains(&true) {
-        shared.source.kept_back(piece.address, &zero)
+        shared.source.kept_back(address, &zero)
     } else {
         Vec::new()
     };
     for gap in kept_back {
-        if !piece
-            .gaps
+        if !gaps
             .iter()
             .any(|known| known.start <= gap.start && gap.end <= known.end)
         {
-            piece.gaps.push(gap);
+            gaps.push(gap);
         }
     }
-    let mut tally = Tally::default();
     for ((index, chunk), zero) in (0u64..).zip(plain.chunks(4096)).zip(&zero) {
-        let (address, size) = (piece.address.saturating_add(index * PAGE), chunk.len() as u64);
-        let gap = piece
-            .gaps
-            .iter()
-            .find(|gap| gap.start <= address && address <= gap.end);
+        let (address, size) = (address.saturating_add(index * PAGE), chunk.len() as u64);
+        let gap = gaps.iter().find(|gap| gap.start <= address && address <= gap.end);
         match (gap.map(|gap| gap.gap), zero) {
             (Some(Gap::Withheld), _) => tally.withheld += size,
             (Some(_), _) => tally.unreadable += size,
@@ -371,7 +474,7 @@ fn account(shared: &Shared, piece: &mut Piece, plain: &mut [u8]) -> (Tally, bool
             (None, false) => tally.read += size,
         }
     }
-    (tally, !zero.contains(&false))
+    !zero.contains(&false)
 }
 
 fn is_zero(page: &[u8]) -> bool {
@@ -404,9 +507,9 @@ impl Pressure {
     }
 }
 
-fn assemble<E>(
+/// Puts the segments in order, and tells of each.
+fn hand_over<E>(
     shared: &Shared,
-    artifact: Artifact,
     cancel: &Cancel,
     made: &Receiver<Result<Made, String>>,
     summary: &mut Summary,
@@ -421,9 +524,6 @@ fn assemble<E>(
         };
         summary.accounts.insert(start, account);
     }
-    let mut tallies: Vec<(u64, Tally)> = Vec::new();
-    let mut packer = FramePacker::new(artifact);
-    packer.reuse(Vec::with_capacity(shared.limits.segment));
     let mut waiting: BTreeMap<u64, Made> = BTreeMap::new();
     let mut next = 0;
     let mut pressure = Pressure {
@@ -431,7 +531,14 @@ fn assemble<E>(
         blocked: Duration::ZERO,
         place: 0,
     };
-    'pieces: loop {
+    let stopped = |answer: &Answer, summary: &mut Summary| {
+        let stopped = matches!(answer, Answer::Stop);
+        if stopped {
+            summary.ended.get_or_insert("the store took no more".to_owned());
+        }
+        stopped
+    };
+    loop {
         if let Some(why) = cancel.requested()
             && summary.ended.is_none()
         {
@@ -444,103 +551,64 @@ fn assemble<E>(
             shared.stop.store(true, Ordering::Relaxed);
         }
         match made.recv_timeout(Duration::from_millis(200)) {
-            Ok(Ok(one)) => _ = waiting.insert(one.sequence, one),
+            Ok(Ok(one)) => _ = waiting.insert(one.number, one),
             Ok(Err(why)) => _ = summary.ended.get_or_insert(why),
-            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Timeout) => (),
             Err(RecvTimeoutError::Disconnected) => break,
         }
         while let Some(one) = waiting.remove(&next) {
             next += 1;
-            if one.starts_segment
-                && let Some(packed) = packer.segment()
-            {
-                summary.segment(packed.entry.number, std::mem::take(&mut tallies));
-                let handed_over = Instant::now();
-                let answer = told(Told::Segment(packed))?;
-                pressure.blocked += handed_over.elapsed();
-                match answer {
-                    Answer::Go(buffer) => {
-                        packer.reuse(buffer.unwrap_or_else(|| Vec::with_capacity(shared.limits.segment)))
-                    }
-                    Answer::Stop => {
-                        summary.ended.get_or_insert("the store took no more".to_owned());
-                        return Ok(());
-                    }
-                }
-            }
-            if let Err(why) = append(&mut packer, &one) {
-                summary.ended.get_or_insert(why);
-                break 'pieces;
-            }
-            let start = range_of(&mut summary.accounts, &one);
-            match tallies.last_mut() {
-                Some((last, tally)) if *last == start => tally.add(one.tally),
-                _ => tallies.push((start, one.tally)),
-            }
-            summary.bytes = summary.bytes.saturating_add(u64::from(one.frame.plain));
-            let answer = told(Told::Packed(summary.bytes, &one.gaps))?;
-            lock(&shared.spare).push(one.stored);
-            lock(&shared.window).1 += 1;
-            shared.moved.notify_all();
-            if matches!(answer, Answer::Stop) {
-                summary.ended.get_or_insert("the store took no more".to_owned());
+            let tallies = one.stretches.iter().map(|stretch| {
+                let start = range_of(&mut summary.accounts, stretch.address, stretch.size);
+                (start, stretch.tally)
+            });
+            let tallies = tallies.collect();
+            summary.bytes = summary.bytes.saturating_add(one.packed.entry.plain);
+            summary.segment(one.packed.entry.number, tallies);
+            let handed_over = Instant::now();
+            let answer = told(Told::Segment(one.packed, one.gaps))?;
+            pressure.blocked += handed_over.elapsed();
+            if stopped(&answer, summary) {
                 return Ok(());
             }
+            if let Answer::Go(Some(buffer)) = answer {
+                lock(&shared.spare).push(buffer);
+            }
+            lock(&shared.window).1 += 1;
+            shared.moved.notify_all();
+        }
+        let answer = told(Told::Read(shared.read.load(Ordering::Relaxed)))?;
+        if stopped(&answer, summary) {
+            return Ok(());
         }
         pressure.judge(&shared.level, shared.limits.level);
     }
-    if let Some(packed) = packer.segment() {
-        summary.segment(packed.entry.number, tallies);
-        told(Told::Segment(packed))?;
-    }
     Ok(())
 }
 
-impl Tally {
-    fn add(&mut self, other: Tally) {
-        self.read += other.read;
-        self.zero += other.zero;
-        self.withheld += other.withheld;
-        self.unreadable += other.unreadable;
-    }
-}
-
-fn append(packer: &mut FramePacker, made: &Made) -> Result<(), String> {
-    let mut stored = made.stored.as_slice();
-    for frame in made.head.iter().chain([&made.frame]) {
-        let size = usize::try_from(frame.stored).unwrap_or(usize::MAX);
-        let (bytes, rest) = stored.split_at_checked(size).ok_or("a frame without its bytes")?;
-        packer.append(*frame, bytes).map_err(|error| error.to_string())?;
-        stored = rest;
-    }
-    Ok(())
-}
-
-/// The start of the range that a piece is in.
-fn range_of(accounts: &mut BTreeMap<u64, RangeAccount>, made: &Made) -> u64 {
-    let last = made
-        .address
-        .saturating_add(u64::from(made.frame.plain).saturating_sub(1));
-    let before = accounts.range_mut(..=made.address).next_back();
+/// The start of the range that a stretch is in.
+fn range_of(accounts: &mut BTreeMap<u64, RangeAccount>, start: u64, size: u64) -> u64 {
+    let last = start.saturating_add(size.saturating_sub(1));
+    let before = accounts.range_mut(..=start).next_back();
     match before {
-        Some((start, account)) if made.address <= account.end => {
+        Some((range, account)) if start <= account.end => {
             // A last page that the list of RAM has only a part of.
             account.end = account.end.max(last);
-            *start
+            *range
         }
-        // What a source has beyond what was expected; pieces that follow each other make one range.
-        Some((start, account)) if account.end.checked_add(1) == Some(made.address) => {
+        // What a source has beyond what was expected; stretches that follow each other make one range.
+        Some((range, account)) if account.end.checked_add(1) == Some(start) => {
             account.end = last;
-            *start
+            *range
         }
         _ => {
             let account = RangeAccount {
-                start: made.address,
+                start,
                 end: last,
                 ..RangeAccount::default()
             };
-            accounts.insert(made.address, account);
-            made.address
+            accounts.insert(start, account);
+            start
         }
     }
 }
