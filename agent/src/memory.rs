@@ -96,22 +96,30 @@ pub struct Sizes {
     pub segment: u64,
     /// The highest level of zstd: each has larger tables than the one before.
     pub level: i32,
+    /// Segments that may be on their way to the store when another is handed to it.
+    pub in_flight: usize,
 }
 
 impl Sizes {
-    /// For `total` bytes of memory, on a host that has `host`. A small host gives up little of its memory for buffers; a large
-    /// image gets fewer objects.
+    /// For `total` bytes of memory, on a host that has `host`. A small host gives up little of its memory for buffers, since what they
+    /// overwrite may be evidence; a large image gets fewer objects.
     pub fn of(total: u64, host: u64) -> Self {
-        let small = host < 3 << 30;
+        let small = is_small(host);
         Sizes {
             // What is read, hashed and compressed one after the other stays in a core's own cache.
-            frame: 256 << 10,
+            frame: if small { 128 << 10 } else { 256 << 10 },
             segment: (total >> 10)
                 .clamp(if small { 1 << 20 } else { 4 << 20 }, 16 << 20)
                 .next_power_of_two(),
             level: if small { 1 } else { 5 },
+            in_flight: if small { 0 } else { 1 },
         }
     }
+}
+
+/// True of a host whose memory a capture must be sparing with.
+pub fn is_small(host: u64) -> bool {
+    host < 3 << 30
 }
 
 /// Cuts ranges into the shares of a LiME image, each a range of its own.

@@ -219,8 +219,10 @@ impl Worker {
         let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
+        // What lies in a pipe is the host's memory, too.
+        let small = crate::sys::total_memory(&job.root).is_some_and(crate::memory::is_small);
+        crate::sys::widen_pipe(&output, if small { 128 << 10 } else { 1 << 20 });
         let job = serde_json::to_vec(job)?;
-        crate::sys::widen_pipe(&output);
         // Few: a batch may hold megabytes, and the store may be slower than the worker.
         let (tell, heard) = sync_channel(4);
         let reader = std::thread::Builder::new()

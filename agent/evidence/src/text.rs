@@ -124,7 +124,9 @@ pub fn harmless_json(json: &str) -> String {
 
 /// One line of JSON, escaped as [`harmless_json`], without a line feed.
 pub fn json_line<T: Serialize>(value: &T) -> Result<String, crate::Error> {
-    Ok(harmless_json(&serde_json::to_string(value)?))
+    let mut line = Vec::new();
+    write_json(value, &mut line)?;
+    String::from_utf8(line).map_err(|_| crate::Error::Chain("JSON that is not UTF-8".to_owned()))
 }
 
 /// The same into a buffer that is emptied first, for those who write many.

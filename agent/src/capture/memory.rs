@@ -41,9 +41,9 @@ const MAX_GAPS: usize = 100_000;
 /// What has been stored is acknowledged in the chain this often: a killed agent loses no more than that.
 const ACKNOWLEDGED: Duration = Duration::from_secs(1);
 /// Plaintext of a frame of a companion.
-const FRAME: usize = 256 << 10;
+const FRAME: usize = 128 << 10;
 /// Stored bytes after which a segment of a companion is put.
-const SEGMENT: usize = 1 << 20;
+const SEGMENT: usize = 256 << 10;
 
 /// How a memory step ended.
 pub struct End {
@@ -136,9 +136,10 @@ impl Session<'_> {
     pub(super) fn companions(&mut self, request: &Request) -> Result<End, Failure> {
         let mut end = End::new(Status::Complete, None);
         let kcore = Kcore::open(&request.root).ok();
+        let in_flight = Sizes::of(0, memory_of(request)).in_flight;
         for companion in companions::all(&request.root, kcore.as_ref()) {
             match companion {
-                Ok(found) => self.companion(found, &mut end)?,
+                Ok(found) => self.companion(found, in_flight, &mut end)?,
                 // Not every kernel has every one of them.
                 Err(missing) if missing.error.kind() == io::ErrorKind::NotFound => {
                     let source = missing.source.display();
@@ -159,7 +160,12 @@ impl Session<'_> {
         Ok(end)
     }
 
-    fn companion(&mut self, mut found: companions::Found, end: &mut End) -> Result<(), Failure> {
+    fn companion(
+        &mut self,
+        mut found: companions::Found,
+        in_flight: usize,
+        end: &mut End,
+    ) -> Result<(), Failure> {
         let artifact = Artifact::Memory(found.name.parse()?);
         let system = |error: io::Error| Failure::System {
             what: "no compressor",
@@ -194,25 +200,17 @@ impl Session<'_> {
             }
             sha256.update(&plain);
             bytes += plain.len() as u64;
+            let room = self.spare.pop();
+            builder.reuse(room.unwrap_or_else(|| Vec::with_capacity(SEGMENT + 2 * FRAME)));
             builder.push(&mut framer, &plain, read_at).map_err(system)?;
             if builder.stored().len() >= SEGMENT {
                 number += 1;
-                self.send_memory(Packed::take(
-                    artifact.clone(),
-                    number,
-                    &mut builder,
-                    None,
-                    Hash::of,
-                ))?;
+                let packed = Packed::take(artifact.clone(), number, &mut builder, None, Hash::of);
+                self.send_memory(packed, in_flight)?;
             }
         }
-        self.send_memory(Packed::take(
-            artifact.clone(),
-            number + 1,
-            &mut builder,
-            None,
-            Hash::of,
-        ))?;
+        let packed = Packed::take(artifact.clone(), number + 1, &mut builder, None, Hash::of);
+        self.send_memory(packed, in_flight)?;
         if hidden && bytes > 0 {
             end.how
                 .notes
@@ -234,9 +232,9 @@ impl Session<'_> {
 
     /// Puts a segment of memory; few are in flight at once, since each is megabytes. False when the store has failed on one of
     /// this step: no later one can be read without it.
-    fn send_memory(&mut self, packed: Option<Packed>) -> Result<bool, Failure> {
+    fn send_memory(&mut self, packed: Option<Packed>, in_flight: usize) -> Result<bool, Failure> {
         let Some(packed) = packed else { return Ok(true) };
-        while self.put.in_flight > 1 && self.broken.is_none() {
+        while self.put.in_flight > in_flight && self.broken.is_none() {
             self.settle(true);
         }
         self.report()?;
@@ -517,7 +515,7 @@ impl Session<'_> {
                         false => untold += 1,
                     }
                 }
-                Ok::<_, Failure>(match self.send_memory(Some(packed))? {
+                Ok::<_, Failure>(match self.send_memory(Some(packed), sizes.in_flight)? {
                     true => Answer::Go(self.spare.pop()),
                     false => Answer::Stop,
                 })

@@ -83,10 +83,10 @@ fn module_types(root: &Path) -> Result<Found, Missing> {
                 .filter(|p| !p.ends_with("vmlinux"))
                 .collect();
             files.sort();
+            let files = files.into_iter().map(Some).chain([None]);
             let bytes = Box::new(Tar {
-                files: files.into_iter(),
-                ready: io::Cursor::default(),
-                ended: false,
+                files: Box::new(files),
+                ready: Box::new(io::empty()),
             });
             Ok(Found { name, source, bytes })
         }
@@ -96,42 +96,41 @@ fn module_types(root: &Path) -> Result<Found, Missing> {
 
 /// A tar made file by file as it is read.
 struct Tar {
-    files: std::vec::IntoIter<PathBuf>,
-    ready: io::Cursor<Vec<u8>>,
-    ended: bool,
+    /// Its files, and then nothing: the end.
+    files: Box<dyn Iterator<Item = Option<PathBuf>>>,
+    ready: Box<dyn Read>,
 }
 
 impl Read for Tar {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let n = self.ready.read(buffer)?;
-            if n > 0 || self.ended {
+            if n > 0 {
                 return Ok(n);
             }
-            let mut out = Vec::new();
-            match self.files.next() {
-                Some(path) => {
-                    let mut content = Vec::new();
-                    File::open(&path)?.take(MAX_COMPANION).read_to_end(&mut content)?;
-                    let mut header = tar::Header::new_ustar();
-                    header.set_size(content.len() as u64);
-                    header.set_mode(0o400);
-                    let name = path.file_name().unwrap_or_default();
-                    // A name that does not fit is no module of Linux (MODULE_NAME_LEN is 56).
-                    header.set_path(name)?;
-                    header.set_cksum();
-                    out.extend_from_slice(header.as_bytes());
-                    out.append(&mut content);
-                    out.resize(out.len().next_multiple_of(512), 0);
-                }
-                None => {
-                    self.ended = true;
-                    out.resize(1024, 0);
-                }
-            }
-            self.ready = io::Cursor::new(out);
+            self.ready = match self.files.next() {
+                Some(Some(path)) => entry(&path)?,
+                Some(None) => Box::new(io::repeat(0).take(1024)),
+                None => return Ok(0),
+            };
         }
     }
+}
+
+fn entry(path: &Path) -> io::Result<Box<dyn Read>> {
+    let file = File::open(path)?;
+    let size = file.metadata()?.len().min(MAX_COMPANION);
+    let mut header = tar::Header::new_ustar();
+    header.set_size(size);
+    header.set_mode(0o400);
+    // A name that does not fit is no module of Linux (MODULE_NAME_LEN is 56).
+    header.set_path(path.file_name().unwrap_or_default())?;
+    header.set_cksum();
+    // A module that was just removed leaves zeros.
+    let content = file.chain(io::repeat(0)).take(size.next_multiple_of(512));
+    Ok(Box::new(
+        io::Cursor::new(header.as_bytes().to_vec()).chain(content),
+    ))
 }
 
 /// `/proc/config.gz` where the kernel has it, else the distribution's file.

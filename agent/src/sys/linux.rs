@@ -135,9 +135,9 @@ pub fn own_descriptors() {
     let _ = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES) };
 }
 
-/// Gives a pipe the largest buffer that needs no privilege (the default of /proc/sys/fs/pipe-max-size).
-pub fn widen_pipe(pipe: &impl std::os::fd::AsFd) {
-    let _ = rustix::pipe::fcntl_setpipe_size(pipe, 1 << 20);
+/// Gives a pipe a buffer of so many bytes; up to 1 MiB needs no privilege (the default of /proc/sys/fs/pipe-max-size).
+pub fn widen_pipe(pipe: &impl std::os::fd::AsFd, bytes: usize) {
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe, bytes);
 }
 
 /// How a process ended, in words.

@@ -72,7 +72,7 @@ pub fn die_with_parent() {}
 pub fn own_descriptors() {}
 
 /// The size of a pipe is fixed here once it is made.
-pub fn widen_pipe(_pipe: &std::process::ChildStdout) {}
+pub fn widen_pipe(_pipe: &std::process::ChildStdout, _bytes: usize) {}
 
 /// How a process ended, in words.
 pub fn exit_reason(status: ExitStatus) -> String {
