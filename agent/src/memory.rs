@@ -139,9 +139,12 @@ impl Cutter {
             number: 0,
         }
     }
+}
 
-    /// The next share.
-    pub fn next(&mut self) -> Option<Share> {
+impl Iterator for Cutter {
+    type Item = Share;
+
+    fn next(&mut self) -> Option<Share> {
         let (start, size) = self.ranges.front_mut()?;
         // Segments end at multiples of their size, so that they lie on large pages.
         let taken = (self.segment - *start % self.segment).min(*size);
@@ -190,9 +193,9 @@ mod tests {
         fn shares_are_the_ranges_again(sizes in proptest::collection::vec((0u64..40, 1u64..5), 0..12), segment in 1u64..9) {
             let mut at = 0;
             let ranges: Vec<(u64, u64)> = sizes.iter().map(|(size, gap)| { at += gap * PAGE; let range = (at, size * PAGE); at += size * PAGE; range }).collect();
-            let mut cutter = Cutter::new(&ranges, segment * PAGE);
+            let cutter = Cutter::new(&ranges, segment * PAGE);
             let (mut pages, mut number) = (Vec::new(), 0);
-            while let Some(share) = cutter.next() {
+            for share in cutter {
                 prop_assert_eq!(share.number, number);
                 number += 1;
                 let (start, size) = share.stretches[0];

@@ -24,15 +24,17 @@ pub struct Running {
     done: usize,
 }
 
-impl Running {
-    /// Of a stream that begins.
-    pub fn new() -> Self {
+/// Of a stream that begins.
+impl Default for Running {
+    fn default() -> Self {
         Running {
             state: INITIAL,
             done: 0,
         }
     }
+}
 
+impl Running {
     fn left<'a>(&self, stream: &'a [u8]) -> &'a [Block] {
         stream.get(self.done..).unwrap_or_default().as_chunks().0
     }
@@ -98,7 +100,7 @@ mod tests {
         /// Whatever the streams are and however far they got together, each has the hash that the library gives.
         #[test]
         fn each_stream_has_its_own_hash(a in bytes(), b in bytes(), c in bytes(), at in any::<prop::sample::Index>()) {
-            let [mut x, mut y, mut z] = [Running::new(); 3];
+            let [mut x, mut y, mut z] = [Running::default(); 3];
             advance([&mut x, &mut y, &mut z], [&a, &b, &c[..at.index(c.len() + 1)]]);
             prop_assert_eq!(x.finish(&a), Hash::of(&a));
             advance([&mut y, &mut z], [&b, &c]);

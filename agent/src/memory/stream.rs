@@ -279,7 +279,7 @@ fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, Strin
     let mut maker = Maker {
         framer: Framer::of_memory(level).map_err(no_compressor)?,
         builder: SegmentBuilder::default(),
-        sha256: Running::new(),
+        sha256: Running::default(),
         zeros: None,
     };
     let mut held = Held::default();
@@ -371,7 +371,7 @@ impl Maker {
                 tally,
             });
         }
-        let sha256 = std::mem::replace(&mut self.sha256, Running::new());
+        let sha256 = std::mem::take(&mut self.sha256);
         let packed = Packed::take(
             shared.artifact.clone(),
             share.number + 1,
@@ -394,7 +394,7 @@ impl Maker {
             .map(|read| read.plain)
             .collect();
         let plain = |n| busy.get(n).copied().unwrap_or_default();
-        let mut running = [Running::new(); AT_ONCE];
+        let mut running = [Running::default(); AT_ONCE];
         let [first, second] = &mut running;
         let streams = [plain(0), plain(1), self.builder.stored()];
         advance([first, second, &mut self.sha256], streams);
