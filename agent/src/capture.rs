@@ -555,7 +555,7 @@ impl Session<'_> {
             )));
         };
         self.object(&Key::Sums, sums(&chain).as_bytes())?;
-        let manifest = self.writer.seal(&Manifest::of(&chain)?.payload()?);
+        let manifest = self.writer.seal(Manifest::of(&chain)?.payload()?);
         self.object(&Key::Manifest, &manifest)?;
         let end = |source| Failure::Store {
             key: "its end".to_owned(),

@@ -68,7 +68,7 @@ struct CaptureArgs {
     /// The case that the capture belongs to
     #[arg(long, default_value = "unassigned")]
     case: CaseName,
-    /// What to collect
+    /// What to collect: triage; memory, between two looks at what is volatile; full, which is both
     #[arg(long, default_value = "triage", value_parser = profile)]
     profile: Profile,
     /// Print the steps and do nothing

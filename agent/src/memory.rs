@@ -14,6 +14,7 @@ pub mod probe;
 pub mod process;
 pub mod ranges;
 pub mod sha256;
+pub mod shortage;
 pub mod stream;
 
 use crate::sys::LockedBuffer;

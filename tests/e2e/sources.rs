@@ -4,7 +4,7 @@
 use serde_json::Value;
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::OnceLock,
@@ -289,6 +289,45 @@ fn an_image_that_was_cut_off_is_taken_as_far_as_it_goes() {
     let base = folder.path().join("empty");
     assert_eq!(capture(&base, &["--image", text(&image)]), Some(5));
     assert_eq!(store::outcome(&base, "memory").unwrap()["status"], "failed");
+}
+
+/// The host's own work is worth more than the rest of its image: what came until then is whole, and what is missing is told.
+#[test]
+fn a_host_that_is_short_of_memory_is_let_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image.raw");
+    let mut file = File::create(&image).unwrap();
+    (0..16 << 8).for_each(|n| file.write_all(&fill::page(n)).unwrap());
+    let root = folder.path().join("root");
+    fs::create_dir_all(root.join("proc/pressure")).unwrap();
+    let pressure =
+        "some avg10=90.00 avg60=0.00 avg300=0.00 total=1\nfull avg10=80.00 avg60=0.00 avg300=0.00 total=1\n";
+    fs::write(root.join("proc/pressure/memory"), pressure).unwrap();
+    let base = folder.path().join("store");
+    let more = [
+        "--image",
+        text(&image),
+        "--root",
+        text(&root),
+        "--max-rate",
+        "4",
+        "--cpus",
+        "1",
+    ];
+    assert_eq!(capture(&base, &more), Some(5));
+    let outcome = store::outcome(&base, "memory").unwrap();
+    assert_eq!(outcome["status"], "partial", "{outcome}");
+    assert!(
+        outcome["reason"].to_string().contains("short of memory"),
+        "{outcome}"
+    );
+    let (missing, read) = (&outcome["ranges"][0]["missing"], &outcome["ranges"][0]["read"]);
+    let [missing, read] = [missing, read].map(|n| n.as_u64().unwrap_or(0));
+    assert!(missing > 0 && read > 0 && missing + read == 16 << 20, "{outcome}");
+    let (verdict, code, _) = store::verify(&base, &[]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("self-consistent", 0));
+    captured::fetch(&base, &folder.path().join("fetched"), &[]).unwrap();
+    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), read / 4096).unwrap();
 }
 
 #[test]

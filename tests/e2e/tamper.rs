@@ -311,6 +311,6 @@ fn forge(folder: &Path) {
     }
     let chain = chain.unwrap();
     fs::write(folder.join(Key::Sums.to_string()), sums(&chain)).unwrap();
-    let manifest = writer.seal(&Manifest::of(&chain).unwrap().payload().unwrap());
+    let manifest = writer.seal(Manifest::of(&chain).unwrap().payload().unwrap());
     fs::write(folder.join(Key::Manifest.to_string()), manifest).unwrap();
 }

@@ -363,7 +363,7 @@ impl ChainWriter {
             segments,
             event,
         };
-        let object = seal(&*self.key, &json_line(&event)?);
+        let object = seal(&*self.key, json_line(&event)?);
         if object.len() as u64 > MAX_EVENT {
             return Err(Error::Chain(format!(
                 "event {} would be larger than any reader reads",
@@ -384,7 +384,7 @@ impl ChainWriter {
     }
 
     /// Signs a manifest.
-    pub fn seal(&self, payload: &str) -> Vec<u8> {
+    pub fn seal(&self, payload: String) -> Vec<u8> {
         seal(&*self.key, payload)
     }
 }

@@ -24,8 +24,8 @@ impl CaptureKey {
 pub trait Signatory: Send {
     /// The half that everybody may have.
     fn public(&self) -> PublicKey;
-    /// The Ed25519 signature of `message`.
-    fn sign(&self, message: &[u8]) -> [u8; 64];
+    /// `message` again, and its Ed25519 signature. It goes to where the key is and comes back: a manifest is not copied for that.
+    fn sign(&self, message: String) -> (String, [u8; 64]);
 }
 
 impl Signatory for CaptureKey {
@@ -33,22 +33,22 @@ impl Signatory for CaptureKey {
         PublicKey(self.0.verifying_key())
     }
 
-    fn sign(&self, message: &[u8]) -> [u8; 64] {
-        self.0.sign(message).to_bytes()
+    fn sign(&self, message: String) -> (String, [u8; 64]) {
+        let signature = self.0.sign(message.as_bytes()).to_bytes();
+        (message, signature)
     }
 }
 
 /// `{"signed":PAYLOAD,"signature":"HEX"}` and a line feed. `payload` must be one JSON value.
-pub fn seal(signatory: &dyn Signatory, payload: &str) -> Vec<u8> {
-    let signature = signatory.sign(payload.as_bytes());
-    [
-        OPEN,
-        payload.as_bytes(),
-        MIDDLE,
-        hex::encode(signature).as_bytes(),
-        CLOSE,
-    ]
-    .concat()
+pub fn seal(signatory: &dyn Signatory, payload: String) -> Vec<u8> {
+    let (payload, signature) = signatory.sign(payload);
+    let mut sealed = payload.into_bytes();
+    sealed.reserve(OPEN.len() + MIDDLE.len() + DIGITS + CLOSE.len());
+    sealed.splice(..0, OPEN.iter().copied());
+    sealed.extend_from_slice(MIDDLE);
+    sealed.extend_from_slice(hex::encode(signature).as_bytes());
+    sealed.extend_from_slice(CLOSE);
+    sealed
 }
 
 /// The public half of a capture's key; 64 lower-case hex digits.
@@ -145,7 +145,7 @@ mod tests {
         fn only_the_untouched_object_opens(seed in any::<[u8; 32]>(), text in any::<String>(), at in any::<prop::sample::Index>(), bit in 0u8..8) {
             let key = CaptureKey::from_seed(&seed);
             let payload = serde_json::to_string(&text).unwrap();
-            let sealed = seal(&key, &payload);
+            let sealed = seal(&key, payload.clone());
             prop_assert_eq!(key.public().open(&sealed).unwrap(), &payload);
             prop_assert!(serde_json::from_slice::<serde_json::Value>(&sealed).is_ok());
             let mut touched = sealed.clone();

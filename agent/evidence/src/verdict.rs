@@ -527,7 +527,7 @@ mod tests {
         }
         map.insert(Key::Sums.to_string(), sums(&chain).into_bytes());
         let payload = Manifest::of(&chain).unwrap().payload().unwrap();
-        map.insert(Key::Manifest.to_string(), writer.seal(&payload));
+        map.insert(Key::Manifest.to_string(), writer.seal(payload));
         (id, writer.key(), Map(map))
     }
 

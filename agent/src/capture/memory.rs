@@ -479,6 +479,8 @@ impl Session<'_> {
             segment: usize::try_from(sizes.segment + sizes.segment / 16 + (64 << 10)).unwrap_or(0),
             level: sizes.level,
             rate: request.memory.rate,
+            root: &request.root,
+
             until: Instant::now() + step.deadline,
         };
         let kind: Kind = step.kind.parse()?;
@@ -505,6 +507,8 @@ impl Session<'_> {
             }))?;
         }
         let key = self.key.clone();
+        // Those of the companions are too small.
+        self.spare.clear();
         let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
         let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
         let mut summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
@@ -538,6 +542,8 @@ impl Session<'_> {
         while self.put.in_flight > 0 && self.broken.is_none() {
             self.settle(true);
         }
+        // What comes after them takes their place in memory.
+        self.spare.clear();
         let failed = self.current.as_ref().and_then(|current| current.failed_at);
         if let Some(current) = &mut self.current {
             current.outcome.bytes = before.saturating_add(summary.bytes);

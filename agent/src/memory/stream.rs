@@ -4,6 +4,7 @@
 use super::{
     Held, PAGE, Share, Source, join,
     sha256::{Running, advance},
+    shortage::{self, Shortage},
 };
 use crate::{
     cancel::Cancel,
@@ -13,6 +14,7 @@ use jiff::Timestamp;
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
+    path::Path,
     sync::{
         Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
@@ -33,7 +35,7 @@ const LEVELS: [i32; 4] = [1, 2, 3, 5];
 
 /// How the stream may use the host.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct Limits<'a> {
     /// Threads that read, hash and compress.
     pub threads: usize,
     /// Bytes of a frame.
@@ -44,6 +46,8 @@ pub struct Limits {
     pub level: i32,
     /// Bytes of plaintext a second, at most.
     pub rate: Option<u64>,
+    /// Where the host's root is, whose shortage of memory holds the stream back.
+    pub root: &'a Path,
     /// When it ends, finished or not.
     pub until: Instant,
 }
@@ -152,10 +156,12 @@ struct Shared<'a> {
     source: &'a dyn Source,
     artifact: Artifact,
     key: &'a KeyPages,
-    limits: Limits,
+    limits: Limits<'a>,
     level: AtomicI32,
     /// No segment is begun any more; those under way are finished, without a pause.
     stop: AtomicBool,
+    /// The host is short of memory.
+    short: AtomicBool,
     /// Nobody takes what is made: nothing is finished.
     abandoned: AtomicBool,
     /// Segments begun, and segments handed to the caller: what lies between is in memory.
@@ -184,6 +190,7 @@ pub fn run<E>(
         limits,
         level: AtomicI32::new(LEVELS.first().copied().unwrap_or(1)),
         stop: AtomicBool::new(false),
+        short: AtomicBool::new(false),
         abandoned: AtomicBool::new(false),
         window: Mutex::new((0, 0)),
         moved: Condvar::new(),
@@ -260,6 +267,9 @@ fn turn(shared: &Shared) -> bool {
 }
 
 fn pace(shared: &Shared, read: u64) {
+    if shared.short.load(Ordering::Relaxed) && !shared.stop.load(Ordering::Relaxed) {
+        std::thread::sleep(shortage::PAUSE);
+    }
     let Some(rate) = shared.limits.rate.filter(|rate| *rate > 0) else {
         return;
     };
@@ -526,6 +536,7 @@ fn hand_over<E>(
     }
     let mut waiting: BTreeMap<u64, Made> = BTreeMap::new();
     let mut next = 0;
+    let mut looked = shared.started;
     let mut pressure = Pressure {
         since: Instant::now(),
         blocked: Duration::ZERO,
@@ -549,6 +560,17 @@ fn hand_over<E>(
             summary.ended = Some("the deadline came first".to_owned());
             summary.late = true;
             shared.stop.store(true, Ordering::Relaxed);
+        }
+        if looked.elapsed() > Duration::from_secs(1) {
+            looked = Instant::now();
+            let shortage = shortage::now(shared.limits.root);
+            shared.short.store(shortage != Shortage::None, Ordering::Relaxed);
+            if let Shortage::All(percent) = shortage {
+                shared.stop.store(true, Ordering::Relaxed);
+                summary.ended.get_or_insert_with(|| {
+                    format!("stopped: the host is short of memory (every task waited for it in {percent:.0} % of ten seconds)")
+                });
+            }
         }
         match made.recv_timeout(Duration::from_millis(200)) {
             Ok(Ok(one)) => _ = waiting.insert(one.number, one),

@@ -34,7 +34,7 @@ pub struct Args {
     /// The case that the capture belongs to
     #[arg(long, default_value = "unassigned")]
     case: CaseName,
-    /// What to collect
+    /// What to collect: triage; memory, between two looks at what is volatile; full, which is both
     #[arg(long, default_value = "triage")]
     profile: String,
     /// The agent to run, when it is not the one beside this program
@@ -170,16 +170,19 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             } else {
                 text.push(verify::summary(&report) + &cost);
             }
-            text.push(format!(
-                "{:<16}  written to this machine's own disk; for a suspect host use --store - over SSH",
-                "note"
-            ));
-            text.push(format!(
-                "{:<16}  stillframe show {} --store {}",
-                "next",
-                id,
-                printable(args.store.as_os_str().as_encoded_bytes())
-            ));
+            let store = printable(args.store.as_os_str().as_encoded_bytes());
+            if args.image.is_some() {
+                text.push(format!(
+                    "{:<16}  stillframe fetch {id} --store {store} --to DIR",
+                    "next"
+                ));
+            } else {
+                text.push(format!(
+                    "{:<16}  written to this machine's own disk; for a suspect host use --store - over SSH",
+                    "note"
+                ));
+                text.push(format!("{:<16}  stillframe show {id} --store {store}", "next"));
+            }
             text.join("\n")
         },
     );
@@ -243,9 +246,13 @@ fn show(event: &Event, plan: &mut Vec<String>, activity: &Activity, args: &Args,
             activity.above(
                 ui,
                 &format!(
-                    "capture {}  this machine  profile {}  {kinds}{}",
+                    "capture {}  {}  {kinds}{}",
                     event.capture,
-                    printable(args.profile.as_bytes()),
+                    match &args.image {
+                        Some(image) =>
+                            format!("the image {}", printable(image.as_os_str().as_encoded_bytes())),
+                        None => format!("this machine  profile {}", printable(args.profile.as_bytes())),
+                    },
                     if plan.iter().any(|kind| kind == "memory") {
                         ""
                     } else {

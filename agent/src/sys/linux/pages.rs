@@ -216,8 +216,8 @@ const VAULT: usize = 128 << 10;
 /// behind on its stack is there too.
 pub struct Vault {
     public: PublicKey,
-    ask: Option<Sender<Vec<u8>>>,
-    answers: Mutex<Receiver<[u8; 64]>>,
+    ask: Option<Sender<String>>,
+    answers: Mutex<Receiver<Signed>>,
     pages: KeyPages,
     kind: &'static str,
 }
@@ -281,11 +281,13 @@ impl Signatory for Vault {
         self.public
     }
 
-    fn sign(&self, message: &[u8]) -> [u8; 64] {
+    fn sign(&self, message: String) -> (String, [u8; 64]) {
         let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let asked = self.ask.as_ref().and_then(|ask| ask.send(message.to_vec()).ok());
+        let asked = self.ask.as_ref().and_then(|ask| ask.send(message).ok());
         // Without its thread nothing can be signed: a signature of zeros holds for no key, and the chain refuses it.
-        asked.and_then(|()| answers.recv().ok()).unwrap_or([0; 64])
+        asked
+            .and_then(|()| answers.recv().ok())
+            .unwrap_or((String::new(), [0; 64]))
     }
 }
 
@@ -296,9 +298,12 @@ impl Drop for Vault {
     }
 }
 
+/// A message and its signature.
+type Signed = (String, [u8; 64]);
+
 struct Job {
-    asked: Receiver<Vec<u8>>,
-    answer: Sender<[u8; 64]>,
+    asked: Receiver<String>,
+    answer: Sender<Signed>,
     ready: Sender<PublicKey>,
 }
 
@@ -385,11 +390,12 @@ fn clear_vector_registers() {
 
 /// What runs on the secret stack.
 mod ed25519_key {
+    use super::Signed;
     use std::sync::mpsc::{Receiver, Sender};
     use stillframe_evidence::signature::{CaptureKey, PublicKey, Signatory as _};
 
     /// Makes the key and signs until nobody asks any more.
-    pub fn sign_forever(asked: &Receiver<Vec<u8>>, answer: &Sender<[u8; 64]>, ready: &Sender<PublicKey>) {
+    pub fn sign_forever(asked: &Receiver<String>, answer: &Sender<Signed>, ready: &Sender<PublicKey>) {
         let mut seed = [0; 32];
         if getrandom::fill(&mut seed).is_err() {
             return;
@@ -401,7 +407,7 @@ mod ed25519_key {
             // What a thread that waits had in its vector registers, the kernel keeps beside its other data: in the image.
             super::clear_vector_registers();
             let Ok(message) = asked.recv() else { return };
-            if answer.send(key.sign(&message)).is_err() {
+            if answer.send(key.sign(message)).is_err() {
                 return;
             }
         }
@@ -417,7 +423,7 @@ mod tests {
     fn the_vault_signs_with_the_key_that_it_shows() {
         for hidden in [true, false] {
             let vault = Vault::new(hidden).unwrap();
-            let sealed = seal(&vault, "{}");
+            let sealed = seal(&vault, "{}".to_owned());
             assert_eq!(vault.public().open(&sealed).unwrap(), "{}");
             // The stack in use, at least, is known by its physical address, where this process may know those.
             let known = vault.pages().inside(0, u64::MAX);

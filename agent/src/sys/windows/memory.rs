@@ -82,7 +82,7 @@ impl Signatory for Vault {
         self.0.public()
     }
 
-    fn sign(&self, message: &[u8]) -> [u8; 64] {
+    fn sign(&self, message: String) -> (String, [u8; 64]) {
         self.0.sign(message)
     }
 }
