@@ -4,7 +4,7 @@
 //! source (kcore | lime | process | image) -> share -> frames (zstd + SHA-256) and segment, on every core allowed -> store, in order
 //! ```
 //! A source knows addresses and nothing of compression or stores. Everything is bounded: as many buffers as threads, locked,
-//! made once. What cannot be read is filled with zeros and told; nothing that cannot be read ends the rest.
+//! made once, and as many again that hold a segment each where a source can only be read from front to back. What cannot be read is filled with zeros and told; nothing that cannot be read ends the rest.
 
 pub mod companions;
 pub mod image;
@@ -18,6 +18,7 @@ pub mod shortage;
 pub mod stream;
 
 use crate::sys::LockedBuffer;
+use jiff::Timestamp;
 use std::{collections::VecDeque, io};
 use stillframe_evidence::{image::lime as lime_format, records::memory::MemoryGap};
 
@@ -39,19 +40,34 @@ pub struct Share {
 #[derive(Default)]
 pub struct Held {
     start: u64,
+    size: u64,
+    at: Option<Timestamp>,
     buffer: Option<LockedBuffer>,
 }
 
 impl Held {
-    /// Room for `size` bytes that start at `start`, in place of what was held.
-    fn room(&mut self, start: u64, size: u64) -> io::Result<&mut [u8]> {
-        let size = usize::try_from(size).map_err(io::Error::other)?;
+    /// Room for `size` bytes that start at `start` and are read now, in place of what was held. A buffer has `most` bytes.
+    fn room(&mut self, start: u64, size: u64, most: u64) -> io::Result<&mut [u8]> {
         let buffer = match self.buffer.take() {
-            Some(buffer) if buffer.len() >= size => buffer,
-            _ => LockedBuffer::new(size)?,
+            Some(buffer) if buffer.len() as u64 >= size => buffer,
+            _ => LockedBuffer::new(usize::try_from(size.max(most)).map_err(io::Error::other)?)?,
         };
-        self.start = start;
-        Ok(self.buffer.insert(buffer).get_mut(..size).unwrap_or_default())
+        (self.start, self.size, self.at) = (start, size, Some(Timestamp::now()));
+        Ok(part(self.buffer.insert(buffer), 0, size))
+    }
+
+    /// Clears what is held of these pages, each given by its first address and the first one behind it.
+    fn clear(&mut self, pages: impl Fn(u64, u64) -> Vec<(u64, u64)>) {
+        if let Some(buffer) = &mut self.buffer {
+            for (start, end) in pages(self.start, self.size) {
+                part(
+                    buffer,
+                    start.saturating_sub(self.start),
+                    end.saturating_sub(start),
+                )
+                .fill(0);
+            }
+        }
     }
 
     /// Copies what starts at `address`; nothing where that is not held.
@@ -97,26 +113,35 @@ pub struct Sizes {
     pub segment: u64,
     /// The highest level of zstd: each has larger tables than the one before.
     pub level: i32,
+    /// Segments that are made at once: one for each thread, and some so that a thread with an easy one need not wait for the one before.
+    pub ahead: usize,
     /// Segments that may be on their way to the store when another is handed to it.
     pub in_flight: usize,
 }
 
 impl Sizes {
-    /// For `total` bytes of memory, on a host that has `host`. A small host gives up little of its memory for buffers, since what they
+    /// For `total` bytes of memory, on a host that has `host`, read by so many threads. A small host gives up little of its memory for buffers, since what they
     /// overwrite may be evidence; a large image gets fewer objects.
-    pub fn of(total: u64, host: u64) -> Self {
+    pub fn of(total: u64, host: u64, threads: usize) -> Self {
         let small = is_small(host);
+        let (ahead, in_flight) = (threads + threads / 2, if small { 0 } else { 1 });
+        let least = if small { 1 << 20 } else { 4 << 20 };
+        // All segments in memory together; and no more of them than a manifest can name.
+        let buffers = (ahead + in_flight + 1).max(2) as u64;
+        let most = (BUFFERS / buffers).max(total >> 16).clamp(1 << 20, 16 << 20);
         Sizes {
             // What is read, hashed and compressed one after the other stays in a core's own cache.
             frame: if small { 128 << 10 } else { 256 << 10 },
-            segment: (total >> 10)
-                .clamp(if small { 1 << 20 } else { 4 << 20 }, 16 << 20)
-                .next_power_of_two(),
+            segment: 1 << (total >> 10).max(least).min(most).ilog2(),
             level: if small { 1 } else { 5 },
-            in_flight: if small { 0 } else { 1 },
+            ahead: ahead.max(1),
+            in_flight,
         }
     }
 }
+
+/// Bytes of segments that are in memory at once, on a host with no more than 256 GiB.
+const BUFFERS: u64 = 32 << 20;
 
 /// True of a host whose memory a capture must be sparing with.
 pub fn is_small(host: u64) -> bool {
@@ -188,6 +213,17 @@ fn part(buffer: &mut [u8], from: u64, size: u64) -> &mut [u8] {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn segments_fit_the_host() {
+        let segment = |gib: u64, threads| Sizes::of(gib << 30, gib << 30, threads).segment >> 20;
+        assert_eq!(
+            [segment(1, 1), segment(1, 4), segment(4, 2), segment(64, 4)],
+            [1, 1, 4, 4]
+        );
+        // What a manifest can name bounds it from the other side.
+        assert_eq!([segment(1024, 4), segment(1024, 16)], [16, 16]);
+    }
 
     proptest! {
         #[test]

@@ -47,8 +47,9 @@ impl Framer {
         Ok(Framer(compressor))
     }
 
-    /// A framer for memory. Its frames carry no checksum of zstd's own beside their SHA-256, and level 1 remembers twice as many places
-    /// as it does by default: of 1 GiB of a guest's memory it stores 438 MB instead of 441.
+    /// A framer for memory. Its frames carry no checksum of zstd's own beside their SHA-256, and level 1 remembers more places
+    /// than it does by default: of 1 GiB of a guest's memory, in frames of 256 KiB, it
+    /// stores 438 MB instead of 441.
     pub fn of_memory(level: i32) -> io::Result<Self> {
         let mut framer = Framer::new(level)?;
         framer

@@ -10,6 +10,7 @@ use crate::{
         lime::{Lime, Module},
         process::Process,
         ranges,
+        shortage::{self, Shortage},
         stream::{self, Answer, Limits, Told},
     },
     plan::Step,
@@ -136,7 +137,7 @@ impl Session<'_> {
     pub(super) fn companions(&mut self, request: &Request) -> Result<End, Failure> {
         let mut end = End::new(Status::Complete, None);
         let kcore = Kcore::open(&request.root).ok();
-        let in_flight = Sizes::of(0, memory_of(request)).in_flight;
+        let in_flight = Sizes::of(0, memory_of(request), threads_of(request)).in_flight;
         for companion in companions::all(&request.root, kcore.as_ref()) {
             match companion {
                 Ok(found) => self.companion(found, in_flight, &mut end)?,
@@ -200,8 +201,10 @@ impl Session<'_> {
             }
             sha256.update(&plain);
             bytes += plain.len() as u64;
-            let room = self.spare.pop();
-            builder.reuse(room.unwrap_or_else(|| Vec::with_capacity(SEGMENT + 2 * FRAME)));
+            if builder.stored().is_empty() {
+                let room = self.spare.pop();
+                builder.reuse(room.unwrap_or_else(|| Vec::with_capacity(SEGMENT + 2 * FRAME)));
+            }
             builder.push(&mut framer, &plain, read_at).map_err(system)?;
             if builder.stored().len() >= SEGMENT {
                 number += 1;
@@ -268,7 +271,7 @@ impl Session<'_> {
                     }
                     Err(why) => return Ok(End::failed(why.to_string())),
                 };
-                let sizes = Sizes::of(total(&kcore.expected()), memory_of(request));
+                let sizes = Sizes::of(total(&kcore.expected()), memory_of(request), threads_of(request));
                 let addresses = kcore.addresses.to_string();
                 let source = kcore.in_segments_of(sizes.segment);
                 let about = MemorySource {
@@ -279,9 +282,12 @@ impl Session<'_> {
                 self.stream(&source, "image", about, sizes, request, step, cancel)?
             }
         };
-        end.how
-            .notes
-            .push(format!("the capture's key: {}", self.key_kept));
+        let copies = match lime {
+            Some(_) => "; copies that the kernel made of them on the module's way to the agent may be in it",
+            None => "",
+        };
+        let kept = format!("the capture's key: {}{copies}", self.key_kept);
+        end.how.notes.push(kept);
         Ok(end)
     }
 
@@ -314,7 +320,7 @@ impl Session<'_> {
             Ok(image) => image,
             Err(why) => return Ok(End::failed(format!("--image {}: {why}", path.display()))),
         };
-        let sizes = Sizes::of(total(&image.ranges()), memory_of(request));
+        let sizes = Sizes::of(total(&image.ranges()), memory_of(request), threads_of(request));
         let about = MemorySource {
             method: "image".to_owned(),
             format: Some(image.format().as_str().to_owned()),
@@ -359,7 +365,7 @@ impl Session<'_> {
         }
         let iomem = fs::read(request.root.join("proc/iomem")).unwrap_or_default();
         let ram = ranges::system_ram(&String::from_utf8_lossy(&iomem));
-        let sizes = Sizes::of(total(&ram), memory_of(request));
+        let sizes = Sizes::of(total(&ram), memory_of(request), threads_of(request));
         let source = match Lime::start(&module, ram, sizes.segment) {
             Ok(source) => source,
             Err(why) => return Ok(End::failed(why)),
@@ -403,7 +409,17 @@ impl Session<'_> {
         let mut end = End::new(Status::Complete, None);
         for pid in &request.memory.pids {
             let place = format!("/proc/{pid}/mem");
-            let process = match Process::open(&request.root, *pid, 16 << 20) {
+            if let Shortage::All(_) = shortage::now(&request.root) {
+                end.problem(
+                    "process",
+                    &place,
+                    None,
+                    "not begun: the host is short of memory".to_owned(),
+                    1,
+                );
+                continue;
+            }
+            let process = match Process::open(&request.root, *pid) {
                 Ok(process) if *pid != std::process::id() => process,
                 Ok(_) => {
                     end.problem("process", &place, None, "this is the agent itself".to_owned(), 1);
@@ -414,7 +430,8 @@ impl Session<'_> {
                     continue;
                 }
             };
-            let sizes = Sizes::of(process.size(), memory_of(request));
+            let sizes = Sizes::of(process.size(), memory_of(request), threads_of(request));
+            let process = process.in_segments_of(sizes.segment);
             for region in &process.regions {
                 self.datum(
                     &format!("/proc/{pid}/smaps"),
@@ -463,7 +480,7 @@ impl Session<'_> {
         cancel: &Cancel,
     ) -> Result<End, Failure> {
         let artifact = Artifact::Memory(name.parse()?);
-        let threads = usize::from(request.cpus).max(1);
+        let threads = threads_of(request);
         let place = about.method.clone();
         let about = MemorySource {
             artifact: Some(artifact.clone()),
@@ -476,6 +493,7 @@ impl Session<'_> {
         let limits = Limits {
             threads,
             frame: sizes.frame,
+            ahead: sizes.ahead as u64,
             segment: usize::try_from(sizes.segment + sizes.segment / 16 + (64 << 10)).unwrap_or(0),
             level: sizes.level,
             rate: request.memory.rate,
@@ -606,6 +624,10 @@ impl Session<'_> {
 /// Bytes of memory that this host has; little where that is not known.
 fn memory_of(request: &Request) -> u64 {
     crate::sys::total_memory(&request.root).unwrap_or(0)
+}
+
+fn threads_of(request: &Request) -> usize {
+    usize::from(request.cpus).max(1)
 }
 
 fn total(ranges: &[(u64, u64)]) -> u64 {

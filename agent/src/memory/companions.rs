@@ -117,20 +117,20 @@ impl Read for Tar {
     }
 }
 
+/// A whole file at a time: one that ends or fails on the way is none.
 fn entry(path: &Path) -> io::Result<Box<dyn Read>> {
-    let file = File::open(path)?;
-    let size = file.metadata()?.len().min(MAX_COMPANION);
+    let mut content = Vec::new();
+    File::open(path)?.take(MAX_COMPANION).read_to_end(&mut content)?;
+    let size = content.len() as u64;
     let mut header = tar::Header::new_ustar();
     header.set_size(size);
     header.set_mode(0o400);
     // A name that does not fit is no module of Linux (MODULE_NAME_LEN is 56).
     header.set_path(path.file_name().unwrap_or_default())?;
     header.set_cksum();
-    // A module that was just removed leaves zeros.
-    let content = file.chain(io::repeat(0)).take(size.next_multiple_of(512));
-    Ok(Box::new(
-        io::Cursor::new(header.as_bytes().to_vec()).chain(content),
-    ))
+    let padding = io::repeat(0).take(size.next_multiple_of(512) - size);
+    let header = io::Cursor::new(header.as_bytes().to_vec());
+    Ok(Box::new(header.chain(io::Cursor::new(content)).chain(padding)))
 }
 
 /// `/proc/config.gz` where the kernel has it, else the distribution's file.

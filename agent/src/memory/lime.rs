@@ -203,7 +203,7 @@ struct Stream {
     socket: TcpStream,
     cutter: Option<Cutter>,
     shares: u64,
-    /// Why it ended within the share that was handed out last.
+    /// Why it ended before its end.
     ended: Option<String>,
 }
 
@@ -370,17 +370,36 @@ impl Source for Lime {
     /// Reads the share as well: the stream goes on with the next one, which another thread waits for.
     fn next(&self, held: &mut Held) -> Result<Option<Share>, String> {
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(why) = stream.ended.take() {
-            return Err(why);
+        if let Some(why) = &stream.ended {
+            return Err(why.clone());
         }
-        let Some(mut share) = stream.share(self.segment)? else {
+        // Whatever went wrong, where the stream is then is not known: nobody reads on.
+        stream
+            .next(self.segment, held)
+            .inspect_err(|why| stream.ended = Some(why.clone()))
+    }
+
+    fn read(&self, held: &Held, address: u64, buffer: &mut [u8]) -> Result<Vec<MemoryGap>, String> {
+        held.copy(address, buffer)
+            .ok_or("a share was read that LiME did not send")?;
+        Ok(Vec::new())
+    }
+
+    fn is_this_host(&self) -> bool {
+        true
+    }
+}
+
+impl Stream {
+    fn next(&mut self, segment: u64, held: &mut Held) -> Result<Option<Share>, String> {
+        let Some(mut share) = self.share(segment)? else {
             return Ok(None);
         };
         let (start, size) = share.stretches.first().copied().unwrap_or_default();
         let buffer = held
-            .room(start, size)
+            .room(start, size, segment)
             .map_err(|error| format!("LiME: no memory for a buffer: {error}"))?;
-        let (read, how) = read_full(&mut stream.socket, buffer);
+        let (read, how) = read_full(&mut self.socket, buffer);
         if let Err(error) = how {
             // What came before the end is a shorter share.
             let why = format!(
@@ -392,20 +411,10 @@ impl Source for Lime {
             if whole == 0 {
                 return Err(why);
             }
-            stream.ended = Some(why);
+            self.ended = Some(why);
             share.head = lime::header(start, start.saturating_add(whole - 1)).to_vec();
             share.stretches = vec![(start, whole)];
         }
         Ok(Some(share))
-    }
-
-    fn read(&self, held: &Held, address: u64, buffer: &mut [u8]) -> Result<Vec<MemoryGap>, String> {
-        held.copy(address, buffer)
-            .ok_or("a share was read that LiME did not send")?;
-        Ok(Vec::new())
-    }
-
-    fn is_this_host(&self) -> bool {
-        true
     }
 }

@@ -38,6 +38,8 @@ pub struct Probe {
     pub expected_stored: u64,
     /// Seconds that reading it usually takes on so many processors, with a store that keeps up.
     pub expected_seconds: u64,
+    /// Processors that it may use.
+    pub threads: usize,
 }
 
 /// Compressed bytes of plaintext a second and core, and the ratio: measured on guests whose memory is in use
@@ -91,6 +93,7 @@ pub fn probe(root: &Path, threads: usize) -> Probe {
         bytes,
         expected_stored: bytes / RATIO.1 * RATIO.0,
         expected_seconds: bytes / RATE / threads.max(1) as u64 + 1,
+        threads,
     }
 }
 
@@ -98,7 +101,7 @@ impl Probe {
     /// For a person.
     pub fn lines(&self) -> Vec<String> {
         let yes = |b: bool| if b { "yes" } else { "no" };
-        let sizes = Sizes::of(self.bytes, self.bytes);
+        let sizes = Sizes::of(self.bytes, self.bytes, self.threads);
         let mut lines = vec![
             format!(
                 "source           {}: {}",

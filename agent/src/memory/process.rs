@@ -18,6 +18,8 @@ use stillframe_evidence::{
 
 /// Holes of fewer pages are stored as zeros rather than told apart: a program header costs as much as half a page says.
 const JOIN: u64 = 4;
+/// Bytes of the head of a core: it stands in one segment.
+const MAX_HEAD: usize = 32 << 20;
 /// Runs of pages of one process.
 const MAX_RUNS: usize = 1 << 20;
 /// Bytes of one mapping whose page table is walked: what is larger and mostly empty (address sanitizers) would take hours.
@@ -45,7 +47,7 @@ struct State {
 
 impl Process {
     /// Reads its mappings below `root`. The error is one line.
-    pub fn open(root: &Path, pid: u32, segment: u64) -> Result<Self, String> {
+    pub fn open(root: &Path, pid: u32) -> Result<Self, String> {
         let folder = root.join(format!("proc/{pid}"));
         let wrong = |what: &str, error: io::Error| match error.raw_os_error() {
             Some(2 | 3) => format!("no process {pid}"),
@@ -94,6 +96,12 @@ impl Process {
             .map(|(owner, kind, content)| (*owner, *kind, content.as_slice()))
             .collect();
         let mut head = elf::head(&borrowed, &mut loads, PAGE, 0);
+        if head.len() > MAX_HEAD {
+            return Err(format!(
+                "process {pid}: the head of its core would have {} bytes, more than is stored",
+                head.len()
+            ));
+        }
         let aligned = head.len().next_multiple_of(4096);
         head.resize(aligned, 0);
         let runs: Vec<(u64, u64)> = loads.iter().map(|l| (l.virtual_address, l.size)).collect();
@@ -108,8 +116,14 @@ impl Process {
             runs,
             regions,
             left_out,
-            segment,
+            segment: 1 << 20,
         })
+    }
+
+    /// Cuts into segments of this size from here on.
+    pub fn in_segments_of(mut self, segment: u64) -> Self {
+        self.segment = segment;
+        self
     }
 
     /// Bytes of the core.
@@ -293,7 +307,8 @@ impl Source for Process {
             head: std::mem::take(&mut state.head),
             stretches: Vec::new(),
         };
-        let mut room = self.segment;
+        // A page at least, so that a long head is not alone for ever.
+        let mut room = self.segment.saturating_sub(share.head.len() as u64).max(PAGE);
         while let Some((start, left)) = state.runs.front_mut().filter(|_| room > 0) {
             let size = room.min(*left);
             share.stretches.push((*start, size));
@@ -305,7 +320,7 @@ impl Source for Process {
             }
         }
         state.number += 1;
-        Ok((room < self.segment).then_some(share))
+        Ok((!share.stretches.is_empty()).then_some(share))
     }
 
     fn read(&self, _held: &Held, address: u64, piece: &mut [u8]) -> Result<Vec<MemoryGap>, String> {

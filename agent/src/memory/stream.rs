@@ -40,6 +40,8 @@ pub struct Limits<'a> {
     pub threads: usize,
     /// Bytes of a frame.
     pub frame: usize,
+    /// Segments that are made at once.
+    pub ahead: u64,
     /// Bytes that a segment has at most as stored: its buffer never grows, and what is not written to is never there.
     pub segment: usize,
     /// The highest level of zstd that its memory is worth here.
@@ -162,6 +164,8 @@ struct Shared<'a> {
     stop: AtomicBool,
     /// The host is short of memory.
     short: AtomicBool,
+    /// Addresses and lengths of buffers that hold whole segments.
+    held: Mutex<Vec<(u64, u64)>>,
     /// Nobody takes what is made: nothing is finished.
     abandoned: AtomicBool,
     /// Segments begun, and segments handed to the caller: what lies between is in memory.
@@ -190,7 +194,8 @@ pub fn run<E>(
         limits,
         level: AtomicI32::new(LEVELS.first().copied().unwrap_or(1)),
         stop: AtomicBool::new(false),
-        short: AtomicBool::new(false),
+        short: AtomicBool::new(shortage::now(limits.root) != Shortage::None),
+        held: Mutex::default(),
         abandoned: AtomicBool::new(false),
         window: Mutex::new((0, 0)),
         moved: Condvar::new(),
@@ -199,7 +204,7 @@ pub fn run<E>(
         read: AtomicU64::new(0),
     };
     let threads = limits.threads.max(1);
-    std::thread::scope(|scope| {
+    let streamed = std::thread::scope(|scope| {
         let (give, made) = sync_channel(threads);
         let mut summary = Summary::default();
         for number in 0..threads {
@@ -226,7 +231,10 @@ pub fn run<E>(
             match thread.spawn_scoped(scope, run) {
                 Ok(_) => (),
                 Err(_) if number > 0 => break,
-                Err(error) => summary.ended = Some(format!("no thread: {error}")),
+                Err(error) => {
+                    summary.ended = Some(format!("no thread: {error}"));
+                    break;
+                }
             }
         }
         drop(give);
@@ -237,6 +245,10 @@ pub fn run<E>(
         shared.moved.notify_all();
         drop(made);
         result.map(|()| summary)
+    });
+    streamed.map(|mut summary| {
+        summary.buffers.append(&mut lock(&shared.held));
+        summary
     })
 }
 
@@ -246,15 +258,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// Waits until the window has room; false when it is over.
 fn turn(shared: &Shared) -> bool {
-    // One for each thread, and some so that a thread with an easy segment need not wait for the one before it.
-    let ahead = (shared.limits.threads + shared.limits.threads / 2).max(1) as u64;
     let mut window = lock(&shared.window);
     loop {
         if shared.stop.load(Ordering::Relaxed) {
             return false;
         }
         let (begun, done) = *window;
-        if begun - done < ahead {
+        if begun - done < shared.limits.ahead.max(1) {
             window.0 += 1;
             return true;
         }
@@ -294,9 +304,16 @@ fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, Strin
     };
     let mut held = Held::default();
     while turn(shared) {
-        let Some(share) = shared.source.next(&mut held)? else {
-            return Ok(());
-        };
+        let share = shared.source.next(&mut held);
+        if let Some(buffer) = &held.buffer
+            && !lock(&shared.held).contains(&buffer.place())
+        {
+            lock(&shared.held).push(buffer.place());
+        }
+        let Some(share) = share? else { return Ok(()) };
+        if shared.source.is_this_host() {
+            held.clear(|start, size| shared.key.inside(start, size));
+        }
         let wanted = shared.level.load(Ordering::Relaxed);
         if wanted != level {
             maker.framer.set_level_of_memory(wanted).map_err(no_compressor)?;
@@ -363,7 +380,7 @@ impl Maker {
                 let mut reads = Vec::with_capacity(AT_ONCE);
                 for plain in super::part(buffer, 0, room).chunks_mut(shared.limits.frame.max(1)) {
                     let size = plain.len() as u64;
-                    let at = Timestamp::now();
+                    let at = held.at.unwrap_or_else(Timestamp::now);
                     let mut found = shared.source.read(held, address, plain)?;
                     let zero = account(shared, address, plain, &mut found, &mut tally);
                     found.into_iter().for_each(|gap| join(&mut gaps, gap));
@@ -550,16 +567,15 @@ fn hand_over<E>(
         stopped
     };
     loop {
-        if let Some(why) = cancel.requested()
-            && summary.ended.is_none()
-        {
-            summary.ended = Some(format!("stopped: {why}"));
+        if let Some(why) = cancel.requested() {
+            summary.ended.get_or_insert_with(|| format!("stopped: {why}"));
             shared.stop.store(true, Ordering::Relaxed);
         }
-        if Instant::now() > shared.limits.until && summary.ended.is_none() {
-            summary.ended = Some("the deadline came first".to_owned());
+        if Instant::now() > shared.limits.until && !shared.stop.swap(true, Ordering::Relaxed) {
+            summary
+                .ended
+                .get_or_insert_with(|| "the deadline came first".to_owned());
             summary.late = true;
-            shared.stop.store(true, Ordering::Relaxed);
         }
         if looked.elapsed() > Duration::from_secs(1) {
             looked = Instant::now();

@@ -11,7 +11,11 @@ pub type Block = [u8; 64];
 pub fn compress<const N: usize>(states: &mut [[u32; 8]; N], streams: [&[Block]; N]) -> usize {
     let blocks = streams.iter().map(|stream| stream.len()).min().unwrap_or(0);
     #[cfg(target_arch = "x86_64")]
-    if N > 1 && is_x86_feature_detected!("sha") && is_x86_feature_detected!("sse4.1") {
+    if N > 1
+        && is_x86_feature_detected!("sha")
+        && is_x86_feature_detected!("ssse3")
+        && is_x86_feature_detected!("sse4.1")
+    {
         // SAFETY: the processor has the features that the function was compiled for.
         #[allow(unsafe_code)]
         unsafe {
