@@ -36,7 +36,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
     };
     let capture = CAPTURE.replace("$MORE", &format!("--lime-module /lime.ko --lime-sha256 {sha256}"));
     // Stopped while it reads, for longer than LiME's own patience of a second; then let go. After that three are killed: as soon as the
-    // module is there, and later.
+    // module is there, and later; their rate keeps them reading for ten seconds on the fastest machine.
     let script = format!(
         "FILL=150\n{MARKERS}{FILL}{MODULES}\
          loaded() {{ until grep -q '^lime' /proc/modules; do usleep 10000; done; }}\n\
@@ -45,7 +45,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
          {capture}\
          echo \"AFTER $(grep -c '^lime' /proc/modules)\"\n\
          for wait in 0 1 4; do\n\
-         (/stillframe-agent capture --profile memory --store - --lime-module /lime.ko --lime-sha256 {sha256} > /dev/null 2>&1) &\n\
+         (/stillframe-agent capture --profile memory --max-rate 32 --store - --lime-module /lime.ko --lime-sha256 {sha256} > /dev/null 2>&1) &\n\
          loaded; sleep $wait; echo \"LOADED $(grep -c '^lime' /proc/modules)\"; kill -KILL $(agent); sleep 8\n\
          echo \"KILLED $(grep -c '^lime' /proc/modules)\"\n\
          done\n"
