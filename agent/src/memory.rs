@@ -113,6 +113,8 @@ pub struct Sizes {
     pub segment: u64,
     /// The highest level of zstd: each has larger tables than the one before.
     pub level: i32,
+    /// The places that level 1 remembers, as a power of two.
+    pub places: u32,
     /// Segments that are made at once: one for each thread, and some so that a thread with an easy one need not wait for the one before.
     pub ahead: usize,
     /// Segments that may be on their way to the store when another is handed to it.
@@ -134,6 +136,7 @@ impl Sizes {
             frame: if small { 128 << 10 } else { 256 << 10 },
             segment: 1 << (total >> 10).max(least).min(most).ilog2(),
             level: if small { 1 } else { 5 },
+            places: if small { 15 } else { 16 },
             ahead: ahead.max(1),
             in_flight,
         }

@@ -2,6 +2,7 @@
 
 use crate::{
     command::{capture, cat, fetch, list, receive, salvage, show, symbols, verify},
+    stored::NoEvent,
     ui::{Output, Ui},
 };
 use clap::{Parser, Subcommand};
@@ -60,7 +61,7 @@ pub fn run() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             ui.error(&error);
-            ExitCode::from(2)
+            ExitCode::from(if error.is::<NoEvent>() { 3 } else { 2 })
         }
     }
 }

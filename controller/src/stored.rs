@@ -6,30 +6,34 @@ use jiff::Timestamp;
 use serde::Serialize;
 use std::{
     fs::{self, File},
-    io::Read as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
 };
 use stillframe_evidence::{
-    chain::{Chain, MAX_EVENT},
+    chain::{Chain, Closing, MAX_EVENT, Outcome},
     frames::{MAX_SEGMENT, Segment},
     layout::{Artifact, CaptureId, CaseName, Key, Kind, Writer, case_prefix, evidence_prefix},
     manifest::MAX_MANIFEST,
     root::Hash,
+    signature::split,
     text::Text,
     verdict::Objects,
 };
+use stillframe_store::{private_file, private_folder};
 
 /// A directory store.
 pub struct Store {
     base: PathBuf,
 }
 
-/// How far a capture is, by the names of its objects alone.
+/// How far a capture is, by what it says of itself: nothing is proven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// There is a manifest.
+    /// There is a manifest, and it says that every step came to a good end.
     Complete,
+    /// There is a manifest, and it says that something is missing.
+    Partial,
     /// There is none, but a salvage record.
     Salvaged,
     /// Neither.
@@ -41,6 +45,7 @@ impl State {
     pub fn as_str(self) -> &'static str {
         match self {
             State::Complete => "complete",
+            State::Partial => "partial",
             State::Salvaged => "salvaged",
             State::Incomplete => "incomplete",
         }
@@ -90,7 +95,7 @@ impl Store {
         })
     }
 
-    /// Every capture, in the order of their ids, which is that of their beginning.
+    /// Every capture, in the order in which they were begun.
     pub fn captures(&self) -> Result<Vec<Stored>> {
         let mut found = Vec::new();
         let evidence = self.base.join("evidence");
@@ -109,7 +114,8 @@ impl Store {
                 });
             }
         }
-        found.sort_by_key(|s| s.id);
+        // Ids of our own programs sort by time; of others' ids the first event knows.
+        found.sort_by_cached_key(|s| (s.started(), s.id));
         Ok(found)
     }
 
@@ -189,12 +195,17 @@ impl Objects for Stored {
 
 /// A regular file of at most `max` bytes; links are not followed.
 fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>, String> {
-    let metadata = fs::symlink_metadata(path).map_err(|e| e.to_string())?;
-    if !metadata.is_file() {
+    let mut options = File::options();
+    options.read(true);
+    // What is looked at is what is read, whatever is put in its place meanwhile.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|e| e.to_string())?;
+    if !file.metadata().map_err(|e| e.to_string())?.is_file() {
         return Err("not a regular file".to_owned());
     }
     let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(max.saturating_add(1)).read_to_end(&mut bytes));
+    let read = file.take(max.saturating_add(1)).read_to_end(&mut bytes);
     match read {
         Err(error) => Err(error.to_string()),
         Ok(n) if n as u64 > max => Err(format!("more than {max} bytes")),
@@ -208,8 +219,43 @@ impl Stored {
         read_bounded(&self.salvage_path()?, MAX_MANIFEST).ok()
     }
 
+    /// Writes the salvage record, in place of an older one. A link on the way is refused: it may lead anywhere.
+    pub fn keep_salvage(&self, object: &[u8]) -> Result<()> {
+        let path = self.salvage_path().ok_or(NoEvent(self.id))?;
+        let folder = path.parent().unwrap_or(&path);
+        let relative = folder.strip_prefix(&self.base).unwrap_or(folder);
+        let mut at = self.base.clone();
+        for part in relative {
+            at.push(part);
+            let shown = || at.display().to_string();
+            match private_folder().create(&at) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(error).with_context(shown);
+                }
+                _ => (),
+            }
+            if !fs::symlink_metadata(&at).with_context(shown)?.is_dir() {
+                bail!(
+                    "{} is no folder: the salvage record is not written behind it",
+                    at.display()
+                );
+            }
+        }
+        let temporary = folder.join(format!("salvage.json.{}", std::process::id()));
+        let shown = || temporary.display().to_string();
+        let mut file = private_file().open(&temporary).with_context(shown)?;
+        let written = file
+            .write_all(object)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&temporary, &path));
+        if written.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        written.with_context(|| path.display().to_string())
+    }
+
     /// Where it stands.
-    pub fn salvage_path(&self) -> Option<PathBuf> {
+    fn salvage_path(&self) -> Option<PathBuf> {
         let chain = self.first_event()?;
         let case = &chain.opening()?.order.case;
         Some(self.base.join(case_prefix(case, self.id)).join("salvage.json"))
@@ -251,19 +297,38 @@ impl Stored {
         }
         chain
             .map(|chain| (chain, None))
-            .ok_or_else(|| anyhow!("capture {} has no event yet", self.id))
+            .ok_or_else(|| NoEvent(self.id).into())
+    }
+
+    /// When its first event was made.
+    fn started(&self) -> Option<Timestamp> {
+        let chain = self.first_event()?;
+        chain.events().first().map(|(_, event)| event.at)
+    }
+
+    /// Whether its manifest, where there is one, says that nothing is missing.
+    fn ending(&self) -> Option<bool> {
+        #[derive(serde::Deserialize)]
+        struct Ending {
+            outcomes: Vec<Outcome>,
+            closing: Closing,
+        }
+        let object = self.get(&Key::Manifest.to_string(), MAX_MANIFEST).ok()?;
+        let ending = split(&object)
+            .ok()
+            .and_then(|(payload, _)| serde_json::from_str::<Ending>(payload).ok());
+        Some(ending.is_some_and(|e| e.closing.stopped.is_none() && e.outcomes.iter().all(Outcome::is_good)))
     }
 
     /// What the first event says.
     pub fn summary(&self) -> Summary {
         let chain = self.first_event();
         let opening = chain.as_ref().and_then(Chain::opening);
-        let state = if self.folder.join(Key::Manifest.to_string()).is_file() {
-            State::Complete
-        } else if self.salvage().is_some() {
-            State::Salvaged
-        } else {
-            State::Incomplete
+        let state = match self.ending() {
+            Some(true) => State::Complete,
+            Some(false) => State::Partial,
+            None if self.salvage().is_some() => State::Salvaged,
+            None => State::Incomplete,
         };
         Summary {
             id: self.id,
@@ -310,6 +375,22 @@ impl Stored {
         Ok(())
     }
 }
+
+/// There is a folder of that capture, and nothing yet, or any more, that says what it is.
+#[derive(Debug)]
+pub struct NoEvent(pub CaptureId);
+
+impl std::fmt::Display for NoEvent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "capture {} has no event: it was killed at once, or its beginning was deleted",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for NoEvent {}
 
 enum Trouble {
     Segment(String),

@@ -5,6 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::{
     cell::Cell,
+    collections::BTreeMap,
     io::{IsTerminal as _, Write as _},
     time::Duration,
 };
@@ -72,16 +73,20 @@ impl Ui {
 
     /// Prints an error.
     pub fn error(&self, error: &anyhow::Error) {
-        let _ = writeln!(
-            anstream::stderr(),
-            "stillframe: {}",
-            printable(format!("{error:#}").as_bytes())
-        );
+        self.trouble("error", &format!("{error:#}"));
     }
 
     /// Prints a warning that does not end anything.
     pub fn warn(&self, warning: &str) {
-        let _ = writeln!(anstream::stderr(), "stillframe: {warning}");
+        self.trouble("warning", warning);
+    }
+
+    fn trouble(&self, what: &str, text: &str) {
+        let line = match self.output {
+            Output::Text => format!("stillframe: {}", printable(text.as_bytes())),
+            Output::Json => json_line(&BTreeMap::from([(what, text)])).unwrap_or_default(),
+        };
+        let _ = writeln!(anstream::stderr(), "{line}");
     }
 
     /// What is being done, on a terminal; nothing elsewhere.

@@ -65,6 +65,27 @@ fn base() -> &'static Path {
     guest().base.path()
 }
 
+/// The program that is released: no loader, no library of the host, and small. An ELF file without PT_INTERP asks for nobody.
+#[test]
+fn the_released_agent_is_static_and_small() {
+    let agent = File::open(programs::static_agent().unwrap()).unwrap();
+    let size = agent.metadata().unwrap().len();
+    assert!(size <= 8 << 20, "{size} bytes");
+    let mut head = vec![0; 64 << 10];
+    let n = std::os::unix::fs::FileExt::read_at(&agent, &mut head, 0).unwrap();
+    let word = |at: usize, size: usize| {
+        head[at..at + size]
+            .iter()
+            .rev()
+            .fold(0usize, |n, b| n << 8 | usize::from(*b))
+    };
+    assert_eq!(&head[..6], b"\x7fELF\x02\x01");
+    let (table, count) = (word(32, 8), word(56, 2));
+    assert!(count > 0 && table + count * 56 <= n);
+    const PT_INTERP: usize = 3;
+    assert!((0..count).all(|i| word(table + i * 56, 4) != PT_INTERP));
+}
+
 #[test]
 fn nothing_is_executed_on_the_host() {
     let console = &guest().console;

@@ -46,6 +46,7 @@ fn full() -> &'static Full {
         while guest.console().matches("% of 1023 MiB").count() < 4 && halfway.elapsed() < Duration::from_secs(120) {
             std::thread::sleep(Duration::from_millis(50));
         }
+        assert!(halfway.elapsed() < Duration::from_secs(120), "no progress was told: the truth would not be of the middle");
         guest.truth(&truths.path().join("middle")).unwrap();
         guest.wait_for("AGENT ENDED").unwrap();
         guest.truth(&truths.path().join("after")).unwrap();
@@ -488,8 +489,8 @@ fn sha256(path: &Path) -> String {
 }
 
 #[test]
-fn five_levels_of_page_tables() {
-    let captured = captured::small("6.1", true, "").unwrap();
+fn five_levels_of_page_tables_and_hidden_addresses() {
+    let captured = captured::small("6.1", true, "echo 2 > /proc/sys/kernel/kptr_restrict\n").unwrap();
     assert!(
         captured.fetched.join("plugins/la57.py").exists(),
         "{}",
@@ -501,14 +502,55 @@ fn five_levels_of_page_tables() {
         "{}",
         captured.told
     );
+    assert_eq!(captured.told["names_only"], true, "{}", captured.told);
     let image = symbols(&["--image", text(&captured.image())]);
     assert!(assert_addresses_are_those_of_the_package(&image, "6.1") > 80_000);
     assert_plugins(&captured, &[]);
 }
 
+/// The line that fetch prints, as a responder pastes it.
+#[test]
+fn the_line_that_fetch_prints_works_at_once() {
+    let captured = &full().captured;
+    let line = captured.told["volatility"].as_str().unwrap();
+    let output = volatility::shell(&captured.fetched, line).unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && NAMES.iter().all(|name| said.contains(name)),
+        "{line}: {output:?}"
+    );
+}
+
+/// A kernel without BTF: its image says what to install, and with the BTF of its release the table is the same.
+#[test]
+fn a_kernel_that_carries_no_types() {
+    let captured = &full().captured;
+    let folder = captured::scratch().unwrap();
+    let image = folder.path().join("without.lime");
+    let mut bytes = fs::read(captured.image()).unwrap();
+    let magic = [0x9f, 0xeb, 1, 0, 0x18, 0, 0, 0];
+    let places: Vec<usize> = memchr::memmem::find_iter(&bytes, &magic).collect();
+    for at in &places {
+        bytes[*at..at + magic.len()].fill(0);
+    }
+    fs::write(&image, bytes).unwrap();
+    let to = folder.path().join("isf.json");
+    let refused = store::stillframe(&["symbols", "--image", text(&image), "--to", text(&to)]).unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(
+        said.contains("carries no BTF") && said.contains("linux-image-6.1") && said.contains("-dbg"),
+        "{said}"
+    );
+    assert!(!to.exists());
+    let btf = captured.fetched.join("companions/btf");
+    let table = symbols(&["--image", text(&image), "--btf", text(&btf)]);
+    assert_eq!(table, symbols(&["--image", text(&captured.image())]));
+}
+
 /// A kernel of the matrix; the plugins named are those that fail in Volatility itself.
-fn assert_kernel(kernel: &str, before: &str, broken: &[&str]) {
-    let captured = captured::small(kernel, false, before).unwrap();
+fn assert_kernel(kernel: &str, broken: &[&str]) {
+    let captured = captured::small(kernel, false, "").unwrap();
     assert_eq!(
         captured.told["differences"],
         serde_json::json!([]),
@@ -516,21 +558,19 @@ fn assert_kernel(kernel: &str, before: &str, broken: &[&str]) {
         captured.told
     );
     let image = symbols(&["--image", text(&captured.image())]);
-    if before.is_empty() {
-        let mut except = TABLES.to_vec();
-        if kernel == "5.10" {
-            // Its VMCOREINFO does not name them.
-            except.extend([
-                "kallsyms_names",
-                "kallsyms_num_syms",
-                "kallsyms_token_table",
-                "kallsyms_token_index",
-                "kallsyms_offsets",
-                "kallsyms_relative_base",
-            ]);
-        }
-        assert_same_symbols(&image, &from_companions(&captured.fetched), &except);
+    let mut except = TABLES.to_vec();
+    if kernel == "5.10" {
+        // Its VMCOREINFO does not name them.
+        except.extend([
+            "kallsyms_names",
+            "kallsyms_num_syms",
+            "kallsyms_token_table",
+            "kallsyms_token_index",
+            "kallsyms_offsets",
+            "kallsyms_relative_base",
+        ]);
     }
+    assert_same_symbols(&image, &from_companions(&captured.fetched), &except);
     assert!(assert_addresses_are_those_of_the_package(&image, kernel) > 80_000);
     assert_plugins(&captured, broken);
     // On by default since 6.5: where the kernel has it, the key is in memory that the kernel itself cannot read.
@@ -544,12 +584,12 @@ fn assert_kernel(kernel: &str, before: &str, broken: &[&str]) {
 
 #[test]
 fn kernel_5_10() {
-    assert_kernel("5.10", "", &[]);
+    assert_kernel("5.10", &[]);
 }
 
 #[test]
-fn kernel_6_12_that_hides_its_addresses() {
-    assert_kernel("6.12", "echo 2 > /proc/sys/kernel/kptr_restrict\n", &[]);
+fn kernel_6_12() {
+    assert_kernel("6.12", &[]);
 }
 
 #[test]
@@ -563,5 +603,5 @@ fn the_newest_kernel() {
                 .collect::<Vec<_>>()
         })
         .unwrap();
-    assert_kernel(newest, "", &["linux.kallsyms"]);
+    assert_kernel(newest, &["linux.kallsyms"]);
 }

@@ -8,7 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
-use stillframe_tests::{dead_mount::DeadMount, load::Load, programs, store};
+use stillframe_tests::{dead_mount::DeadMount, load::Load, programs, slow_folder::SlowFolder, store};
 
 const KINDS: [&str; 8] = [
     "host",
@@ -87,6 +87,43 @@ fn a_fifo_over_utmp() {
         (&"/run/utmp".into(), &"is a FIFO, not a regular file".into())
     );
     assert_rest_complete(&base, |p| p["what"] == "utmp");
+}
+
+/// Not dead, but slower than its step may be: the step ends with what it has, and the capture goes on to its end.
+#[test]
+fn a_step_that_takes_too_long_ends_with_what_it_has() {
+    const FILES: u64 = 40;
+    let _alone = alone_and_root();
+    let folder = tempfile::tempdir().unwrap();
+    // procfs and sysfs are this machine's; /run is made up.
+    let root = folder.path().join("root");
+    for name in ["proc", "sys", "run/systemd/sessions"] {
+        std::fs::create_dir_all(root.join(name)).unwrap();
+    }
+    let script = "mount --rbind /proc \"$1/proc\" && mount --rbind /sys \"$1/sys\" && exec \"$0\" capture --root \"$1\" --store \"$2\"";
+    let _slow = SlowFolder::over(
+        &root.join("run/systemd/sessions"),
+        FILES,
+        Duration::from_millis(900),
+    )
+    .unwrap();
+    let base = folder.path().join("evidence");
+    let began = Instant::now();
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-c", script])
+        .arg(programs::agent().unwrap())
+        .arg(&root)
+        .arg(&base)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    let outcome = store::outcome(&base, "sessions").unwrap();
+    assert_eq!(outcome["status"], "timed-out", "{outcome}");
+    let read = store::records(&base, "sessions").unwrap().len() as u64;
+    assert_eq!(outcome["records"], read);
+    assert!((1..FILES).contains(&read), "{outcome}");
+    assert_eq!(store::verify(&base, &[]).unwrap().0, "self-consistent");
 }
 
 #[test]

@@ -30,7 +30,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
     let (module, sha256) = lime();
     let (agent, lab) = (programs::static_agent().unwrap(), programs::static_lab().unwrap());
     let machine = Machine {
-        memory: 320,
+        memory: 384,
         disk: 384,
         ..Machine::default()
     };
@@ -38,7 +38,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
     // Stopped while it reads, for longer than LiME's own patience of a second; then let go. After that three are killed: as soon as the
     // module is there, and later; their rate keeps them reading for ten seconds on the fastest machine.
     let script = format!(
-        "FILL=150\n{MARKERS}{FILL}{MODULES}\
+        "FILL=232\n{MARKERS}{FILL}{MODULES}\
          loaded() {{ until grep -q '^lime' /proc/modules; do usleep 10000; done; }}\n\
          agent() {{ grep -l '^stillframe-agen$' /proc/[0-9]*/comm | cut -d / -f 3; }}\n\
          (loaded; sleep 2; echo STOPPED; kill -STOP $(agent); sleep 10; kill -CONT $(agent); echo LET GO) &\n\
@@ -75,7 +75,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
         ran.console
     );
     let captured = Captured::from(&ran).unwrap();
-    captured::every_identity_is_there(&captured.image(), 150 << 8).unwrap();
+    captured::every_identity_is_there(&captured.image(), 232 << 8).unwrap();
     let records = store::records(&captured.base, "memory").unwrap();
     assert!(
         records
@@ -490,11 +490,14 @@ fn killed_on_its_way_it_leaves_an_image_with_its_hole_stated() {
             "json",
         ]);
         let mut agent = agent.stdout(Stdio::piped()).spawn().unwrap();
-        let mut acknowledged = 0;
+        let (mut acknowledged, mut key) = (0, String::new());
         let began = Instant::now();
         for line in BufReader::new(agent.stdout.take().unwrap()).lines() {
             let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
             acknowledged += event["segments"].as_array().unwrap().len();
+            if let Some(own) = event["event"]["opened"]["key"].as_str() {
+                own.clone_into(&mut key);
+            }
             let progress = &event["event"]["progress"];
             if progress["done"].as_u64().unwrap_or(0) * 100
                 >= progress["expected"].as_u64().unwrap_or(1) * share
@@ -508,10 +511,17 @@ fn killed_on_its_way_it_leaves_an_image_with_its_hole_stated() {
         assert!(acknowledged > 0);
         let (verdict, code, _) = store::verify(&base, &[]).unwrap();
         assert_eq!((verdict.as_str(), code), ("incomplete", 3));
+        assert_eq!(
+            store::verify(&base, &["--expect-key", &key]).unwrap().0,
+            "incomplete"
+        );
         let salvaged =
             store::stillframe(&["salvage", "latest", "--store", text(&base), "--output", "json"]).unwrap();
         assert_eq!(salvaged.status.code(), Some(4), "{salvaged:?}");
-        assert_eq!(store::verify(&base, &[]).unwrap().0, "salvaged");
+        // Not even with the key that signed it: what is missing is missing.
+        for more in [&[][..], &["--expect-key", &key]] {
+            assert_eq!(store::verify(&base, more).unwrap().0, "salvaged");
+        }
         let to = folder.path().join(format!("fetched-{share}"));
         let output = store::stillframe(&[
             "fetch",

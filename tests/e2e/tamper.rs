@@ -20,9 +20,10 @@ use std::{
 };
 use stillframe_evidence::{
     chain::{Chain, ChainWriter, Event, What},
+    frames::Segment,
     layout::{CaptureId, Key},
     manifest::{Manifest, sums},
-    segments::SegmentEntry,
+    segments::{RecordPacker, SegmentEntry},
     signature::CaptureKey,
 };
 use stillframe_tests::{programs, store};
@@ -155,7 +156,18 @@ fn a_deleted_object_is_missed() {
         } else {
             ("tampered", 1)
         };
-        assert_verdict(base.path(), verdict, code);
+        let report = assert_verdict(base.path(), verdict, code);
+        // An event is known by its number alone when it is gone.
+        let start = match name.split_once('-') {
+            Some((start, _)) if name.starts_with("progress/") => start,
+            _ => &name,
+        };
+        let named = report["findings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|f| f["object"].as_str().unwrap().starts_with(start));
+        assert!(named || name == "manifest.json", "{name}: {report}");
         fs::write(&path, original).unwrap();
     }
 }
@@ -247,7 +259,14 @@ fn reordered_or_swapped_objects_are_named() {
         let original = fs::read(path).unwrap();
         fs::remove_file(path).unwrap();
         fs::copy(from, folder.join(&twin)).unwrap();
-        assert_verdict(base.path(), "tampered", 1);
+        let report = assert_verdict(base.path(), "tampered", 1);
+        let findings = report["findings"].as_array().unwrap();
+        let named = |name: &str| {
+            findings
+                .iter()
+                .any(|f| f["object"].as_str().unwrap().starts_with(&like(name)))
+        };
+        assert!(named(name), "{name}: {report}");
         fs::remove_file(folder.join(&twin)).unwrap();
         fs::write(path, original).unwrap();
     }
@@ -255,10 +274,19 @@ fn reordered_or_swapped_objects_are_named() {
     // The whole capture under another's id.
     let renamed = folder.with_file_name(CaptureId::mint().to_string());
     fs::rename(&folder, renamed).unwrap();
-    assert_verdict(base.path(), "tampered", 1);
+    let report = assert_verdict(base.path(), "tampered", 1);
+    let first = &report["findings"][0];
+    assert!(
+        first["object"].as_str().unwrap().starts_with("progress/000001-"),
+        "{report}"
+    );
+    assert!(
+        first["why"].as_str().unwrap().contains("belongs to capture"),
+        "{report}"
+    );
 }
 
-/// Somebody who can write to the store makes the whole capture anew, one record changed, with our own code, under a key of
+/// Somebody who can write to the store makes the whole capture anew, the host's name and every record of processes changed, with our own code, under a key of
 /// their own. Nothing in a plain directory can show that, and it is never called verified; the key shows it.
 #[test]
 fn forged_anew() {
@@ -281,6 +309,33 @@ fn forged_anew() {
     );
 }
 
+/// Of processes, every record is dated a century back; the others stay.
+fn reforge(folder: &Path, entry: SegmentEntry) -> SegmentEntry {
+    if entry.artifact.to_string() != "volatile/processes" {
+        return entry;
+    }
+    let path = folder.join(entry.key().to_string());
+    let plain = Segment::open(&fs::read(&path).unwrap())
+        .unwrap()
+        .plaintext()
+        .unwrap();
+    let plain = String::from_utf8(plain)
+        .unwrap()
+        .replace("\"read_at\":\"20", "\"read_at\":\"19");
+    let mut packer = RecordPacker::new(entry.artifact, 1).unwrap();
+    for line in plain.lines() {
+        assert!(packer.push(line.as_bytes()).unwrap().is_none(), "one segment");
+    }
+    let packed = packer.flush().unwrap().unwrap();
+    assert_ne!(packed.entry.sha256, entry.sha256);
+    fs::remove_file(path).unwrap();
+    fs::write(folder.join(packed.entry.key().to_string()), &packed.bytes).unwrap();
+    SegmentEntry {
+        receipt: entry.receipt,
+        ..packed.entry
+    }
+}
+
 fn forge(folder: &Path) {
     let id: CaptureId = folder.file_name().unwrap().to_str().unwrap().parse().unwrap();
     let mut writer = ChainWriter::new(Box::new(CaptureKey::from_seed(&[7; 32])), id);
@@ -301,7 +356,11 @@ fn forge(folder: &Path) {
             }
             other => other,
         };
-        let segments: Vec<SegmentEntry> = event.segments;
+        let segments: Vec<SegmentEntry> = event
+            .segments
+            .into_iter()
+            .map(|entry| reforge(folder, entry))
+            .collect();
         let (key, object, _) = writer.next(event.elapsed_us, segments, what).unwrap();
         fs::write(folder.join(key.to_string()), &object).unwrap();
         match &mut chain {

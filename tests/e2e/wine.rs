@@ -1,5 +1,6 @@
 //! The agent for Windows, under Wine: the facade holds, and the Linux controller reads what it writes.
 
+use std::io::{BufRead as _, BufReader};
 use stillframe_tests::{programs, store, wine::Wine};
 
 #[test]
@@ -56,13 +57,44 @@ fn a_windows_capture_is_proven_and_shown_on_linux() {
     );
 }
 
+/// Opens a TCP and a UDP socket, says their ports, and waits for the end of its input.
+const LISTENER: &str = r#"
+#include <winsock2.h>
+#include <stdio.h>
+static int port(SOCKET s) {
+    struct sockaddr_in a; int n = sizeof a;
+    getsockname(s, (struct sockaddr *)&a, &n);
+    return ntohs(a.sin_port);
+}
+int main(void) {
+    WSADATA data; WSAStartup(0x202, &data);
+    struct sockaddr_in a = { 0 };
+    a.sin_family = AF_INET; a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    SOCKET tcp = socket(AF_INET, SOCK_STREAM, 0), udp = socket(AF_INET, SOCK_DGRAM, 0);
+    bind(tcp, (struct sockaddr *)&a, sizeof a); listen(tcp, 1);
+    bind(udp, (struct sockaddr *)&a, sizeof a);
+    printf("%lu %d %d\n", GetCurrentProcessId(), port(tcp), port(udp)); fflush(stdout);
+    getchar();
+    return 0;
+}
+"#;
+
 #[test]
-fn a_listening_socket_of_windows_has_its_owner() {
+fn sockets_of_windows_have_their_owners() {
     programs::require(&["x86_64-w64-mingw32-gcc", "wine"]).unwrap();
     let wine = Wine::with(&programs::windows_agent().unwrap()).unwrap();
-    // Wine shows the sockets of the machine below it; this test's own is among them.
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let mut listener = wine.start(LISTENER, &["-lws2_32"]).unwrap();
+    let mut line = String::new();
+    BufReader::new(listener.stdout.as_mut().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let said: Vec<u64> = line.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    let [pid, tcp, udp] = said[..] else {
+        panic!("{line}")
+    };
+    // Wine shows the sockets of the machine below it, too: this one has no owner in there.
+    let outside = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let outside = u64::from(outside.local_addr().unwrap().port());
     let output = wine
         .command()
         .args(["capture", "--store", "evidence"])
@@ -70,12 +102,27 @@ fn a_listening_socket_of_windows_has_its_owner() {
         .unwrap();
     assert!(matches!(output.status.code(), Some(0 | 5)), "{output:?}");
     let sockets = store::records(&wine.folder().join("evidence"), "sockets").unwrap();
-    let found = sockets
-        .iter()
-        .find(|s| s["local"]["port"] == port && s["protocol"] == "tcp");
-    let found = found.unwrap_or_else(|| panic!("port {port} in {sockets:?}"));
+    let socket = |protocol: &str, port: u64| {
+        let found = sockets
+            .iter()
+            .find(|s| s["local"]["port"] == port && s["protocol"] == protocol);
+        found.unwrap_or_else(|| panic!("{protocol} {port} in {sockets:?}"))
+    };
+    let listening = socket("tcp", tcp);
     assert_eq!(
-        (&found["state"], &found["local"]["address"]),
+        (&listening["state"], &listening["local"]["address"]),
         (&"LISTEN".into(), &"127.0.0.1".into())
     );
+    for owned in [listening, socket("udp", udp)] {
+        assert_eq!(owned["owners"][0]["pid"], pid, "{owned}");
+    }
+    let unowned = socket("tcp", outside);
+    assert!(
+        unowned["owners"]
+            .as_array()
+            .is_none_or(|o| o.iter().all(|o| o["pid"] != pid)),
+        "{unowned}"
+    );
+    drop(listener.stdin.take());
+    listener.wait().unwrap();
 }

@@ -7,6 +7,7 @@ pub mod fill;
 pub mod guest;
 pub mod load;
 pub mod programs;
+pub mod slow_folder;
 pub mod store;
 pub mod volatility;
 pub mod wine;

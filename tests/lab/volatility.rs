@@ -40,6 +40,20 @@ pub fn run(folder: &Path, image: &str, plugin: &[&str]) -> Result<Output> {
     volatility.output().context("vol")
 }
 
+/// Runs a line that begins with `vol`, in a shell.
+pub fn shell(folder: &Path, line: &str) -> Result<Output> {
+    let cache = folder.join("cache");
+    let program = environment("volatility", "vol")?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let bin = program.parent().context("vol lies nowhere")?;
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", line])
+        .env("PATH", format!("{}:{path}", bin.display()));
+    shell.env("XDG_CACHE_HOME", &cache).env("HOME", &cache);
+    shell.output().context("sh")
+}
+
 /// The rows of a plugin; those below others come after them.
 pub fn rows(folder: &Path, image: &str, plugin: &[&str]) -> Result<Vec<Value>> {
     let output = run(folder, image, plugin)?;

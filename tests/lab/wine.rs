@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
 };
 
 /// Wine 8 has no bcryptprimitives.dll, from which Rust's standard library takes its random numbers. This closes that gap and
@@ -28,16 +28,8 @@ impl Wine {
     /// Lays `program` into a folder of its own.
     pub fn with(program: &Path) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let source = folder.path().join("bcryptprimitives.c");
-        fs::write(&source, BCRYPTPRIMITIVES)?;
-        let status = Command::new("x86_64-w64-mingw32-gcc")
-            .args(["-shared", "-o"])
-            .arg(folder.path().join("bcryptprimitives.dll"))
-            .arg(&source)
-            .arg("-ladvapi32")
-            .status()
-            .context("x86_64-w64-mingw32-gcc")?;
-        ensure!(status.success(), "the library that Wine lacks could not be built");
+        let library = folder.path().join("bcryptprimitives.dll");
+        compile(BCRYPTPRIMITIVES, &library, &["-shared", "-ladvapi32"])?;
         let copy = folder.path().join(program.file_name().context("no file name")?);
         fs::copy(program, &copy)?;
         Ok(Wine {
@@ -51,8 +43,24 @@ impl Wine {
         self.folder.path()
     }
 
+    /// Starts a program made of this C, inside the same prefix.
+    pub fn start(&self, source: &str, libraries: &[&str]) -> Result<Child> {
+        let program = self.folder.path().join("helper.exe");
+        compile(source, &program, libraries)?;
+        let child = self
+            .wine(&program)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        Ok(child)
+    }
+
     /// The program with its surroundings, ready for arguments.
     pub fn command(&self) -> Command {
+        self.wine(&self.program)
+    }
+
+    fn wine(&self, program: &Path) -> Command {
         let wine = if programs::is_installed("wine64") {
             "wine64"
         } else {
@@ -60,7 +68,7 @@ impl Wine {
         };
         let mut command = Command::new(wine);
         command
-            .arg(&self.program)
+            .arg(program)
             .current_dir(self.folder.path())
             .env("WINEPREFIX", self.folder.path().join("prefix"))
             .env("WINEDEBUG", "-all")
@@ -68,6 +76,20 @@ impl Wine {
             .env_remove("DISPLAY");
         command
     }
+}
+
+fn compile(source: &str, to: &Path, more: &[&str]) -> Result<()> {
+    let file = to.with_extension("c");
+    fs::write(&file, source)?;
+    let status = Command::new("x86_64-w64-mingw32-gcc")
+        .arg("-o")
+        .arg(to)
+        .arg(&file)
+        .args(more)
+        .status()
+        .context("x86_64-w64-mingw32-gcc")?;
+    ensure!(status.success(), "{} could not be built", to.display());
+    Ok(())
 }
 
 impl Drop for Wine {

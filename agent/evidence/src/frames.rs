@@ -47,22 +47,21 @@ impl Framer {
         Ok(Framer(compressor))
     }
 
-    /// A framer for memory. Its frames carry no checksum of zstd's own beside their SHA-256, and level 1 remembers more places
-    /// than it does by default: of 1 GiB of a guest's memory, in frames of 256 KiB, it
-    /// stores 438 MB instead of 441.
-    pub fn of_memory(level: i32) -> io::Result<Self> {
+    /// A framer for memory. Its frames carry no checksum of zstd's own beside their SHA-256, and level 1 remembers 2 to the power of `places` places,
+    /// 4 bytes each: of 1 GiB of a guest's memory, in frames of 256 KiB, it stores 0.780 of what AVML stores with 15, and 0.777 with 16.
+    pub fn of_memory(level: i32, places: u32) -> io::Result<Self> {
         let mut framer = Framer::new(level)?;
         framer
             .0
             .set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(false))?;
-        framer.set_level_of_memory(level)?;
+        framer.set_level_of_memory(level, places)?;
         Ok(framer)
     }
 
     /// Compresses memory at another level from here on.
-    pub fn set_level_of_memory(&mut self, level: i32) -> io::Result<()> {
+    pub fn set_level_of_memory(&mut self, level: i32, places: u32) -> io::Result<()> {
         // 0 is the level's own.
-        let (shortest, places) = if level == 1 { (6, 15) } else { (0, 0) };
+        let (shortest, places) = if level == 1 { (6, places) } else { (0, 0) };
         self.0
             .set_parameter(zstd::zstd_safe::CParameter::CompressionLevel(level))?;
         self.0

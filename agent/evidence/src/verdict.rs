@@ -206,6 +206,7 @@ pub fn verify(
             sound: Vec::new(),
         },
         unread: false,
+        broken: false,
     };
     let manifest = audit.run();
     audit.judge(manifest, expect_key, salvage);
@@ -217,23 +218,26 @@ struct Audit<'a> {
     report: Report,
     /// Something that should be read could not be.
     unread: bool,
+    /// The chain is broken: what lies behind the break cannot be judged.
+    broken: bool,
+}
+
+/// Both may hold what a store called its objects.
+fn finding(object: impl fmt::Display, why: impl fmt::Display) -> Finding {
+    let safe = |text: String| printable(text.as_bytes());
+    Finding {
+        object: safe(object.to_string()),
+        why: safe(why.to_string()),
+    }
 }
 
 impl Audit<'_> {
     fn wrong(&mut self, object: impl fmt::Display, why: impl fmt::Display) {
-        let object = printable(object.to_string().as_bytes());
-        self.report.findings.push(Finding {
-            object,
-            why: why.to_string(),
-        });
+        self.report.findings.push(finding(object, why));
     }
 
     fn unproven(&mut self, object: impl fmt::Display, why: impl fmt::Display) {
-        let object = printable(object.to_string().as_bytes());
-        self.report.unproven.push(Finding {
-            object,
-            why: why.to_string(),
-        });
+        self.report.unproven.push(finding(object, why));
     }
 
     /// The bytes of an object, when they are what its name promises.
@@ -313,8 +317,12 @@ impl Audit<'_> {
                 let Some(object) = self.read(&key, size, MAX_EVENT) else {
                     continue;
                 };
-                if broken || placed {
-                    self.wrong(&key, "an event that the chain does not reach");
+                if placed {
+                    self.wrong(&key, "a second event of this number");
+                    continue;
+                }
+                if broken {
+                    self.unproven(&key, "lies behind the break in the chain: nothing vouches for it");
                     continue;
                 }
                 let result = match &mut chain {
@@ -328,6 +336,7 @@ impl Audit<'_> {
             }
             broken |= !placed;
         }
+        self.broken = broken;
         self.report.events = chain.as_ref().map_or(0, |c| c.events().len() as u64);
         self.report.key = chain.as_ref().map(Chain::key);
         self.report.chain = chain;
@@ -362,7 +371,12 @@ impl Audit<'_> {
             }
         }
         for (key, size) in present {
-            if ended {
+            if self.broken {
+                self.unproven(
+                    &key,
+                    "may lie behind the break in the chain: nothing vouches for it",
+                );
+            } else if ended {
                 self.wrong(&key, "added: the chain does not know it");
             } else if self.read(&key, size, MAX_SEGMENT as u64).is_some() {
                 self.unproven(&key, "landed after the last event: nothing vouches for it");
@@ -374,6 +388,16 @@ impl Audit<'_> {
     fn summary(&mut self, sums_size: Option<u64>, manifest_size: Option<u64>) {
         let chain = self.report.chain.take();
         let closed = chain.as_ref().filter(|chain| chain.closing().is_some());
+        if let (Some(chain), None, true) = (&chain, closed, sums_size.or(manifest_size).is_some()) {
+            let next = chain.events().len() + 1;
+            let gone = format!("progress/{next:06}-…");
+            if !self.broken {
+                self.wrong(
+                    gone,
+                    "is missing: the chain was never closed, although what follows its end is there",
+                );
+            }
+        }
         if let Some(size) = sums_size
             && let Some(bytes) = self.read(&Key::Sums, size, MAX_MANIFEST)
         {
@@ -413,10 +437,20 @@ impl Audit<'_> {
             );
         }
         let salvage = salvage.filter(|_| !manifest && self.report.findings.is_empty() && !self.unread);
-        let sound_salvage = salvage.map(|bytes| self.check_salvage(bytes));
-        if let Some(Err(why)) = &sound_salvage {
-            self.wrong("salvage.json", why);
-        }
+        let salvage = salvage.map(|bytes| self.check_salvage(bytes));
+        let sound_salvage = match salvage {
+            Some(Ok(())) => true,
+            Some(Err(Unfit::NoRecord(why))) => {
+                // It is no evidence: the capture itself is as it was.
+                self.unproven("salvage.json", why);
+                false
+            }
+            Some(Err(Unfit::Contradicted(why))) => {
+                self.wrong("salvage.json", why);
+                false
+            }
+            None => false,
+        };
         let (verdict, because) = if !self.report.findings.is_empty() {
             let objects: BTreeSet<&str> = self.report.findings.iter().map(|f| f.object.as_str()).collect();
             (
@@ -425,7 +459,7 @@ impl Audit<'_> {
             )
         } else if self.unread {
             (Verdict::Incomplete, "not everything could be read".to_owned())
-        } else if sound_salvage.is_some() {
+        } else if sound_salvage {
             (
                 Verdict::Salvaged,
                 "no manifest; what the chain acknowledged is right".to_owned(),
@@ -443,14 +477,27 @@ impl Audit<'_> {
         self.report.because = because;
     }
 
-    fn check_salvage(&self, bytes: &[u8]) -> Result<(), String> {
-        let salvage: Salvage = serde_json::from_slice(bytes).map_err(|e| Error::from(e).to_string())?;
+    fn check_salvage(&self, bytes: &[u8]) -> Result<(), Unfit> {
+        let no_record = |e| Unfit::NoRecord(format!("no salvage record: {}; salvage anew", Error::from(e)));
+        let salvage: Salvage = serde_json::from_slice(bytes).map_err(no_record)?;
         match Salvage::of(&self.report) {
             Some(derived) if derived == salvage => Ok(()),
-            Some(_) => Err("is not what follows from the chain and the objects that are here".to_owned()),
-            None => Err("there is no chain that it could belong to".to_owned()),
+            Some(_) => Err(Unfit::Contradicted(
+                "is not what follows from the chain and the objects that are here".to_owned(),
+            )),
+            None => Err(Unfit::NoRecord(
+                "there is no chain that it could belong to".to_owned(),
+            )),
         }
     }
+}
+
+/// Why a salvage record does not serve.
+enum Unfit {
+    /// It is not one.
+    NoRecord(String),
+    /// It knew another capture than the one that is here.
+    Contradicted(String),
 }
 
 /// `1 object`, `2 objects`.
@@ -587,6 +634,9 @@ mod tests {
             let report = judge(id, &map);
             let expected = if name == "manifest.json" { Verdict::Incomplete } else { Verdict::Tampered };
             prop_assert_eq!(report.verdict, expected, "{}", name);
+            // A deleted event is known by its number alone.
+            let start = name.split_once('-').filter(|_| name.starts_with("progress/")).map_or(&name[..], |(start, _)| start);
+            prop_assert!(name == "manifest.json" || report.findings.iter().any(|f| f.object.starts_with(start)), "{} {:?}", name, report.findings);
         }
 
         /// Two objects of one capture, or of two captures, change their places.

@@ -496,9 +496,9 @@ impl Session<'_> {
             ahead: sizes.ahead as u64,
             segment: usize::try_from(sizes.segment + sizes.segment / 16 + (64 << 10)).unwrap_or(0),
             level: sizes.level,
+            places: sizes.places,
             rate: request.memory.rate,
             root: &request.root,
-
             until: Instant::now() + step.deadline,
         };
         let kind: Kind = step.kind.parse()?;

@@ -2,7 +2,7 @@
 //! (kallsyms), VMCOREINFO, the map of memory, the banner, the configuration. All of it is read from the running kernel, but
 //! for the configuration, which most distributions keep as a file.
 
-use super::kcore::Kcore;
+use super::{Held, Source as _, kcore::Kcore};
 use std::{
     fs::{self, File},
     io::{self, Read},
@@ -45,20 +45,66 @@ pub fn all(root: &Path, kcore: Option<&Kcore>) -> Vec<Result<Found, Missing>> {
     .collect();
     list.push(module_types(root));
     list.push(configuration(root));
-    let source = root.join("proc/kcore");
-    list.push(match kcore.and_then(Kcore::vmcoreinfo) {
-        Some(note) => Ok(Found {
-            name: "vmcoreinfo",
-            source,
-            bytes: Box::new(io::Cursor::new(note)),
-        }),
-        None => Err(Missing {
-            name: "vmcoreinfo",
-            source,
-            error: io::Error::new(io::ErrorKind::NotFound, "no such note"),
-        }),
-    });
+    list.push(vmcoreinfo(root, kcore));
     list
+}
+
+/// The note of /proc/kcore; kernels before 4.19 have none there, and say where in memory it is.
+fn vmcoreinfo(root: &Path, kcore: Option<&Kcore>) -> Result<Found, Missing> {
+    let name = "vmcoreinfo";
+    let source = root.join("proc/kcore");
+    let missing = |source, error| Err(Missing { name, source, error });
+    let found = |source, note| {
+        let bytes = Box::new(io::Cursor::new(note));
+        Ok(Found { name, source, bytes })
+    };
+    let Some(kcore) = kcore else {
+        let error = io::Error::new(io::ErrorKind::NotFound, "no /proc/kcore");
+        return missing(source, error);
+    };
+    if let Some(note) = kcore.vmcoreinfo() {
+        return found(source, note);
+    }
+    let place = root.join("sys/kernel/vmcoreinfo");
+    let text = match fs::read_to_string(&place) {
+        Ok(text) => text,
+        Err(error) => return missing(place, error),
+    };
+    match place_of_note(&text).map(|(address, size)| {
+        let mut note = vec![0; size];
+        (kcore.read(&Held::default(), address, &mut note), note)
+    }) {
+        Some((Ok(gaps), note)) if gaps.is_empty() => match content_of_note(&note) {
+            Some(content) => found(place, content.to_vec()),
+            None => missing(
+                place,
+                io::Error::other("what lies at its address is no such note"),
+            ),
+        },
+        _ => missing(place, io::Error::other("its address could not be read")),
+    }
+}
+
+/// `0x<physical address> 0x<bytes>`; the kernel writes the second without its `0x` (`kernel/ksysfs.c`).
+fn place_of_note(text: &str) -> Option<(u64, usize)> {
+    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+    let (address, size) = text.trim().split_once(' ')?;
+    let size = usize::try_from(number(size)?).ok()?;
+    Some((number(address)?, size)).filter(|_| (12..=64 << 10).contains(&size))
+}
+
+/// The content of an ELF note of that name.
+fn content_of_note(note: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| {
+        let bytes = note.get(at..at.checked_add(4)?)?;
+        usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
+    };
+    let (name, size) = (word(0)?, word(4)?);
+    if note.get(12..12usize.checked_add(name)?)?.trim_ascii_end() != b"VMCOREINFO\0" {
+        return None;
+    }
+    let start = 12usize.checked_add(name.checked_next_multiple_of(4)?)?;
+    note.get(start..start.checked_add(size)?)
 }
 
 fn open(name: &'static str, source: PathBuf) -> Result<Found, Missing> {
@@ -153,5 +199,30 @@ fn configuration(root: &Path) -> Result<Found, Missing> {
             bytes: Box::new(file.take(MAX_COMPANION)),
         }),
         Err(error) => Err(Missing { name, source, error }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_note_that_the_kernel_points_at() {
+        assert_eq!(place_of_note("0x100a4e000 1024\n"), Some((0x1_00a4_e000, 0x1024)));
+        assert_eq!(place_of_note("0x100a4e000 ffffffff\n"), None);
+        let note = [
+            &[11, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0][..],
+            b"VMCOREINFO\0\0OSR=6\n\0\0",
+        ]
+        .concat();
+        assert_eq!(content_of_note(&note), Some(&b"OSR=6\n"[..]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_note_is_read(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = content_of_note(&bytes);
+        }
     }
 }

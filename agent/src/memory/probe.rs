@@ -82,7 +82,7 @@ pub fn probe(root: &Path, threads: usize) -> Probe {
             Err(why) => why.to_string(),
         },
         release: text("proc/sys/kernel/osrelease").trim().to_owned(),
-        modules: root.join("proc/modules").exists(),
+        modules: root.join("proc/modules").exists() && text("proc/sys/kernel/modules_disabled").trim() != "1",
         signed_modules_only: enforced.trim() == "Y"
             || matches!(lockdown.as_deref(), Some("integrity" | "confidentiality")),
         lockdown,

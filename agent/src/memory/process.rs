@@ -1,5 +1,6 @@
 //! The memory of one process, as an ELF core that a debugger opens (gABI; kernel `fs/binfmt_elf.c`). The process is neither stopped nor
-//! traced, and no page of it is brought in: only what is resident or swapped out is read, and the rest is left out and told.
+//! traced, and no page of a file is brought in: only what is resident or swapped out is read (the latter comes into memory by that), and the rest is
+//! left out and told.
 
 use super::{Held, PAGE, Share, Source, join, part};
 use crate::collect::describe;
@@ -16,7 +17,7 @@ use stillframe_evidence::{
     text::Text,
 };
 
-/// Holes of fewer pages are stored as zeros rather than told apart: a program header costs as much as half a page says.
+/// Holes of fewer pages are stored as zeros, unread, rather than told apart: a program header costs as much as half a page says.
 const JOIN: u64 = 4;
 /// Bytes of the head of a core: it stands in one segment.
 const MAX_HEAD: usize = 32 << 20;
@@ -31,6 +32,8 @@ pub struct Process {
     /// Bytes before the first mapping: the head of the core.
     head: Vec<u8>,
     runs: Vec<(u64, u64)>,
+    /// Holes inside of them, in order: reading would bring them in.
+    absent: Vec<(u64, u64)>,
     state: Mutex<State>,
     /// Its mappings.
     pub regions: Vec<Region>,
@@ -58,7 +61,7 @@ impl Process {
         let pagemap = File::open(folder.join("pagemap")).map_err(|e| wrong("pagemap", e))?;
         let mut regions = Vec::new();
         let mut loads = Vec::new();
-        let mut left_out = Vec::new();
+        let (mut left_out, mut absent) = (Vec::new(), Vec::new());
         for (mut region, present) in mappings(pid, &smaps) {
             if present && region.permissions.starts_with('r') && region.path != Text::from("[vvar]") {
                 if region.end - region.start > MAX_MAPPING {
@@ -69,7 +72,7 @@ impl Process {
                         why: "the mapping is larger than is walked".to_owned(),
                     });
                 } else {
-                    for (start, size) in resident(&pagemap, region.start, region.end) {
+                    for (start, size) in resident(&pagemap, region.start, region.end, &mut absent) {
                         region.captured += size;
                         loads.push(elf::Segment {
                             load: true,
@@ -114,6 +117,7 @@ impl Process {
             }),
             head,
             runs,
+            absent,
             regions,
             left_out,
             segment: 1 << 20,
@@ -179,8 +183,9 @@ fn mapping(pid: u32, line: &[u8]) -> Option<Region> {
     })
 }
 
-/// Runs of pages that are in memory or swapped out: bits 63 and 62 of an entry (`Documentation/admin-guide/mm/pagemap.rst`).
-fn resident(pagemap: &File, start: u64, end: u64) -> Vec<(u64, u64)> {
+/// Runs of pages that are in memory or swapped out: bits 63 and 62 of an entry (`Documentation/admin-guide/mm/pagemap.rst`). The short holes
+/// between them go to `absent`.
+fn resident(pagemap: &File, start: u64, end: u64, absent: &mut Vec<(u64, u64)>) -> Vec<(u64, u64)> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     let mut entries = vec![0; 64 << 10];
     let mut at = start;
@@ -202,6 +207,9 @@ fn resident(pagemap: &File, start: u64, end: u64) -> Vec<(u64, u64)> {
             let address = at + page * PAGE;
             match runs.last_mut() {
                 Some((start, size)) if address - (*start + *size) < JOIN * PAGE => {
+                    if *start + *size < address {
+                        absent.push((*start + *size, address - (*start + *size)));
+                    }
                     *size = address + PAGE - *start
                 }
                 _ => runs.push((address, PAGE)),
@@ -295,6 +303,16 @@ fn status(folder: &Path, thread: u32) -> Vec<u8> {
     bytes
 }
 
+/// Whether `address` is in a hole, and bytes until that changes.
+fn hole(absent: &[(u64, u64)], address: u64) -> (bool, u64) {
+    let next = absent.partition_point(|(start, size)| start + size <= address);
+    match absent.get(next) {
+        Some((start, size)) if *start <= address => (true, start + size - address),
+        Some((start, _)) => (false, start - address),
+        None => (false, u64::MAX),
+    }
+}
+
 impl Source for Process {
     fn expected(&self) -> Vec<(u64, u64)> {
         self.runs.clone()
@@ -328,11 +346,17 @@ impl Source for Process {
         let mut gaps = Vec::new();
         let mut done = 0u64;
         while done < size as u64 {
-            let why = match crate::sys::read_at(
-                &self.memory,
-                part(piece, done, size as u64 - done),
-                address + done,
-            ) {
+            let left = size as u64 - done;
+            let wanted = match hole(&self.absent, address + done) {
+                (true, hole) => {
+                    let hole = hole.min(left);
+                    part(piece, done, hole).fill(0);
+                    done += hole;
+                    continue;
+                }
+                (false, until) => until.min(left),
+            };
+            let why = match crate::sys::read_at(&self.memory, part(piece, done, wanted), address + done) {
                 Ok(n) if n > 0 => {
                     done += n as u64;
                     continue;
@@ -373,6 +397,17 @@ mod tests {
         );
         assert_eq!(heap.path, Text::from("[he ap]"));
         assert!(!found[1].1);
+    }
+
+    #[test]
+    fn a_page_that_is_not_there_is_not_read() {
+        let absent = [(0x3000, 0x1000), (0x6000, 0x2000)];
+        assert_eq!(hole(&absent, 0x1000), (false, 0x2000));
+        assert_eq!(hole(&absent, 0x3000), (true, 0x1000));
+        assert_eq!(hole(&absent, 0x4000), (false, 0x2000));
+        assert_eq!(hole(&absent, 0x7000), (true, 0x1000));
+        assert_eq!(hole(&absent, 0x8000), (false, u64::MAX));
+        assert_eq!(hole(&[], 0), (false, u64::MAX));
     }
 
     proptest! {

@@ -46,6 +46,8 @@ pub struct Limits<'a> {
     pub segment: usize,
     /// The highest level of zstd that its memory is worth here.
     pub level: i32,
+    /// The places that level 1 remembers, as a power of two.
+    pub places: u32,
     /// Bytes of plaintext a second, at most.
     pub rate: Option<u64>,
     /// Where the host's root is, whose shortage of memory holds the stream back.
@@ -297,7 +299,7 @@ fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, Strin
     let no_compressor = |error: std::io::Error| format!("no compressor: {error}");
     let mut level = shared.level.load(Ordering::Relaxed);
     let mut maker = Maker {
-        framer: Framer::of_memory(level).map_err(no_compressor)?,
+        framer: Framer::of_memory(level, shared.limits.places).map_err(no_compressor)?,
         builder: SegmentBuilder::default(),
         sha256: Running::default(),
         zeros: None,
@@ -316,7 +318,10 @@ fn work(shared: &Shared, buffer: &mut [u8], give: &SyncSender<Result<Made, Strin
         }
         let wanted = shared.level.load(Ordering::Relaxed);
         if wanted != level {
-            maker.framer.set_level_of_memory(wanted).map_err(no_compressor)?;
+            maker
+                .framer
+                .set_level_of_memory(wanted, shared.limits.places)
+                .map_err(no_compressor)?;
             level = wanted;
         }
         let room = lock(&shared.spare).pop();

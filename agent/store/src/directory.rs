@@ -83,8 +83,13 @@ impl Directory {
             crate::sys::sync_folder(folder).map_err(|e| wrong("cannot be synced", e))?;
         }
         let reserve = partial.join(format!("{id}-reserve"));
-        let keep = |mut file: File| file.write_all(&vec![0; RESERVE]).and_then(|()| file.sync_all());
-        if let Err(error) = private_file().open(&reserve).and_then(keep) {
+        let keep = |mut file: File| {
+            file.write_all(&vec![0; RESERVE])?;
+            file.sync_all()?;
+            crate::sys::drop_cache(&file);
+            Ok(())
+        };
+        if let Err(error) = make(&reserve).and_then(keep) {
             let _ = fs::remove_file(&reserve);
             let _ = fs::remove_dir(&capture);
             return Err(wrong("has no room", error));
@@ -101,12 +106,28 @@ impl Directory {
     }
 
     fn write(&self, temporary: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file: File = private_file().open(temporary)?;
+        let mut file = make(temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         crate::sys::drop_cache(&file);
         Ok(())
     }
+}
+
+/// Makes a file in the folder of what is partial. A capture that ends removes that folder when it is empty, which it is until another has
+/// its first file in it.
+fn make(path: &Path) -> io::Result<File> {
+    let mut result = private_file().open(path);
+    for _ in 0..100 {
+        match (&result, path.parent()) {
+            (Err(error), Some(folder)) if error.kind() == io::ErrorKind::NotFound => {
+                private_folder().recursive(true).create(folder)?;
+                result = private_file().open(path);
+            }
+            _ => break,
+        }
+    }
+    result
 }
 
 impl Store for Directory {
@@ -220,6 +241,24 @@ mod tests {
             Directory::create(&base.path().join("new"), &Writer::local(), id).is_err(),
             "the same capture twice"
         );
+    }
+
+    #[test]
+    fn one_ends_while_another_begins() {
+        let base = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let store =
+                            Directory::create(base.path(), &Writer::local(), CaptureId::mint()).unwrap();
+                        store.put(&key(b"x"), b"x").unwrap();
+                        store.finish().unwrap();
+                    }
+                });
+            }
+        });
+        assert!(!base.path().join(".partial").exists());
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod sys;
 
 pub use directory::Directory;
 pub use pipe::Pipe;
+pub use sys::{private_file, private_folder};
 
 use std::io;
 use stillframe_evidence::{

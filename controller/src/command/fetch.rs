@@ -33,7 +33,7 @@ use stillframe_evidence::{
     text::printable,
     verdict::Objects as _,
 };
-use stillframe_symbols::{Files, Kernel, btf::Types, la57};
+use stillframe_symbols::{Comparison, Files, Kernel, btf::Types, compare, la57};
 
 /// Its arguments.
 #[derive(clap::Args)]
@@ -198,8 +198,8 @@ fn image(
                 written.head(Some(info.text()))?;
             }
             let compared = differences(&args.to.join("companions"), &kernel);
-            done.names_only = compared.as_ref().is_some_and(|(_, names_only)| *names_only);
-            done.differences = compared.map(|(found, _)| found);
+            done.names_only = compared.as_ref().is_some_and(|c| c.names_only);
+            done.differences = compared.map(|c| c.differences);
             if kernel.btf.is_none()
                 && let Some(path) = &args.btf
             {
@@ -216,9 +216,7 @@ fn image(
             if kernel.five_levels() == Some(true) {
                 let plugins = args.to.join("plugins");
                 private_folder(&plugins)?;
-                fs::write(plugins.join(la57::FILE), la57::PLUGIN)
-                    .with_context(|| plugins.display().to_string())?;
-                done.plugins = Some(plugins);
+                done.plugins = Some(symbols::plugin(&plugins)?);
             }
         }
         Some(Err(error)) => done.no_symbols = Some(format!("{error:#}")),
@@ -302,7 +300,7 @@ fn holes(chain: &Chain, written: &[(u64, u64, u64)]) -> Vec<(u64, u64)> {
 }
 
 /// What the agent read from the running kernel, against what the image has of it.
-fn differences(companions: &Path, kernel: &Kernel) -> Option<(Vec<String>, bool)> {
+fn differences(companions: &Path, kernel: &Kernel) -> Option<Comparison> {
     let read = |name: &str| {
         let path = companions.join(name);
         let small = fs::metadata(&path).is_ok_and(|m| m.len() <= MAX_COMPANION);
@@ -316,60 +314,7 @@ fn differences(companions: &Path, kernel: &Kernel) -> Option<(Vec<String>, bool)
         vmcoreinfo: vmcoreinfo.as_deref(),
         version: &version,
     };
-    let mut found = Vec::new();
-    let mut names_only = false;
-    match Kernel::from_files(&files) {
-        Ok(other) => {
-            if other.banner != kernel.banner {
-                found.push(format!(
-                    "the banner was {}",
-                    printable(other.banner.trim_ascii_end())
-                ));
-            }
-            if other.symbols != kernel.symbols {
-                let ours: BTreeMap<_, _> = kernel
-                    .symbols
-                    .iter()
-                    .map(|s| ((&s.name, s.kind), s.address))
-                    .collect();
-                let theirs: BTreeMap<_, _> = other
-                    .symbols
-                    .iter()
-                    .map(|s| ((&s.name, s.kind), s.address))
-                    .collect();
-                let differ = theirs
-                    .iter()
-                    .filter(|(key, address)| ours.get(*key) != Some(*address))
-                    .count();
-                found.push(format!(
-                    "kallsyms: {} symbols in the image, {} in the running kernel, {differ} of those elsewhere or absent",
-                    kernel.symbols.len(),
-                    other.symbols.len()
-                ));
-            }
-            if let (Some(a), Some(b)) = (&other.vmcoreinfo, &kernel.vmcoreinfo)
-                && a != b
-            {
-                found.push("VMCOREINFO is another".to_owned());
-            }
-        }
-        // Hidden by kernel.kptr_restrict: names are left to compare.
-        Err(_) => {
-            names_only = true;
-            let theirs = stillframe_symbols::kallsyms::parse(&kallsyms);
-            let names =
-                |list: &[stillframe_symbols::Symbol]| list.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
-            if names(&theirs) != names(&kernel.symbols) {
-                found.push("kallsyms: the running kernel named other symbols than the image has".to_owned());
-            }
-        }
-    }
-    if let (Some(theirs), Some(ours)) = (&btf, &kernel.btf)
-        && theirs != ours
-    {
-        found.push("the types (BTF) of the running kernel are others than those in the image".to_owned());
-    }
-    Some((found, names_only))
+    Some(compare(kernel, &files))
 }
 
 fn text(done: &Done, began: Instant) -> String {

@@ -5,19 +5,20 @@ use super::verify;
 use crate::{stored::Store, ui::Ui};
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args as ClapArgs;
+use serde::Serialize;
 use std::{
     collections::BTreeMap,
     io::{self, Read},
     path::PathBuf,
 };
 use stillframe_evidence::{
-    chain::MAX_EVENT,
+    chain::{MAX_EVENT, Outcome},
     frames::MAX_SEGMENT,
     layout::{CaptureId, Key, Writer, parse_evidence_key},
     manifest::MAX_MANIFEST,
     root::Hash,
     text::printable,
-    verdict::Verdict,
+    verdict::{Report, Verdict},
 };
 use stillframe_store::{Directory, Store as _};
 
@@ -51,10 +52,14 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         let report = verify::report(&store.find(&id.to_string())?, None);
         ui.say(&format!("capture {id}"));
         let chain = report.chain.as_ref();
-        for outcome in chain.iter().flat_map(|c| c.outcomes()) {
-            ui.say(&format!("  {outcome}"));
-        }
-        ui.print(&report, || verify::text(&report));
+        let done = Done {
+            outcomes: chain.iter().flat_map(|c| c.outcomes()).collect(),
+            report: &report,
+        };
+        ui.print(&done, || {
+            let outcomes = done.outcomes.iter().map(|outcome| format!("  {outcome}\n"));
+            outcomes.collect::<String>() + &verify::text(&report)
+        });
         let whole = chain.is_some_and(|c| c.outcomes().all(|o| o.is_good()));
         let stopped = chain
             .and_then(|c| c.closing())
@@ -68,6 +73,14 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         }
     }
     Ok(if ended.is_err() && code == 0 { 5 } else { code })
+}
+
+/// The verdict on what came, and the outcome of every step.
+#[derive(Serialize)]
+struct Done<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    outcomes: Vec<&'a Outcome>,
 }
 
 fn receive(

@@ -2,11 +2,15 @@
 //! writes stands in the case's folder.
 
 use super::{Which, verify};
-use crate::{stored::Store, ui::Ui};
-use anyhow::{Context as _, Result, bail};
+use crate::{
+    stored::{NoEvent, Store},
+    ui::Ui,
+};
+use anyhow::{Result, bail};
 use clap::Args as ClapArgs;
-use std::{fs, io::Write as _};
-use stillframe_evidence::verdict::{Salvage, Verdict};
+use jiff::Timestamp;
+use serde::Serialize;
+use stillframe_evidence::verdict::{Report, Salvage, Verdict, count};
 
 /// Its arguments.
 #[derive(ClapArgs)]
@@ -27,11 +31,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         Some(fresh.verdict == Verdict::Incomplete && Salvage::of(&fresh)?.continues(&old))
     };
     if report.verdict == Verdict::Incomplete || grown() == Some(true) {
-        let (Some(salvage), Some(path)) = (Salvage::of(&fresh), stored.salvage_path()) else {
-            bail!(
-                "capture {}: not even its first event can be read; nothing can be salvaged",
-                stored.id
-            );
+        let Some(salvage) = Salvage::of(&fresh) else {
+            return Err(NoEvent(stored.id).into());
         };
         if fresh.verdict == Verdict::Incomplete
             && fresh
@@ -45,33 +46,51 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
                 stored.id
             );
         }
-        let folder = path.parent().unwrap_or(&path);
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let temporary = path.with_extension("json.partial");
-        let mut file = fs::File::create(&temporary).with_context(|| temporary.display().to_string())?;
-        file.write_all(&salvage.object()?)
-            .and_then(|()| file.sync_all())
-            .with_context(|| temporary.display().to_string())?;
-        fs::rename(&temporary, &path).with_context(|| path.display().to_string())?;
+        stored.keep_salvage(&salvage.object()?)?;
     }
     let report = verify::report(&stored, None);
-    ui.print(&report, || verify::text(&report));
-    if report.verdict == Verdict::Salvaged
-        && let Some(salvage) = Salvage::of(&report)
-    {
-        let segments: usize = salvage.artifacts.iter().map(|a| a.segments.len()).sum();
-        let counted = stillframe_evidence::verdict::count(segments, "segment");
-        ui.say(&format!(
-            "{:<16}  {counted} up to {}",
-            "holds", salvage.last_event
-        ));
-        if !salvage.unfinished.is_empty() {
-            ui.say(&format!(
+    let salvage = Salvage::of(&report).filter(|_| report.verdict == Verdict::Salvaged);
+    let done = Done {
+        holds: salvage.as_ref().map(|s| Holds {
+            segments: s.artifacts.iter().map(|a| a.segments.len()).sum(),
+            last_event: s.last_event,
+            unfinished: s.unfinished.clone(),
+        }),
+        report: &report,
+    };
+    ui.print(&done, || text(&done));
+    Ok(report.verdict.exit_code())
+}
+
+/// The verdict, and what can be relied on.
+#[derive(Serialize)]
+struct Done<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    holds: Option<Holds>,
+}
+
+#[derive(Serialize)]
+struct Holds {
+    segments: usize,
+    /// What the host held after that is not here.
+    last_event: Timestamp,
+    /// Steps without an outcome.
+    unfinished: Vec<String>,
+}
+
+fn text(done: &Done) -> String {
+    let mut lines = vec![verify::text(done.report)];
+    if let Some(holds) = &done.holds {
+        let segments = count(holds.segments, "segment");
+        lines.push(format!("{:<16}  {segments} up to {}", "holds", holds.last_event));
+        if !holds.unfinished.is_empty() {
+            lines.push(format!(
                 "{:<16}  {}",
                 "has no outcome",
-                salvage.unfinished.join(", ")
+                holds.unfinished.join(", ")
             ));
         }
     }
-    Ok(report.verdict.exit_code())
+    lines.join("\n")
 }

@@ -42,6 +42,8 @@ struct Done<'a> {
     types: usize,
     kernel_offset: u64,
     five_level_paging: Option<bool>,
+    /// For `vol -p`, where five levels need it.
+    plugins: Option<PathBuf>,
     written: &'a Path,
     bytes: u64,
 }
@@ -95,7 +97,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     };
     let types = kernel.types()?;
     let size = write(&kernel, &types, &args.to)?;
+    let plugins = match kernel.five_levels() {
+        Some(true) => Some(plugin(&args.to.with_file_name("plugins"))?),
+        _ => None,
+    };
     let done = Done {
+        plugins,
         banner: printable(kernel.banner.trim_ascii_end()),
         release: printable(kernel.release().as_bytes()),
         symbols: kernel.symbols.len(),
@@ -117,15 +124,24 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             ),
             format!("wrote {} ({})", args.to.display(), bytes(size)),
         ];
-        if kernel.five_levels() == Some(true) {
+        if let Some(plugins) = &done.plugins {
             lines.push(format!(
-                "5-level paging: Volatility needs {} by `vol -p`; `stillframe fetch` writes it",
-                la57::FILE
+                "5-level paging: vol -p {}",
+                printable(plugins.as_os_str().as_encoded_bytes())
             ));
         }
         lines.join("\n")
     });
     Ok(0)
+}
+
+/// Writes what Volatility lacks for five levels of page tables into a folder, and gives the folder back.
+pub fn plugin(folder: &Path) -> Result<PathBuf> {
+    let file = folder.join(la57::FILE);
+    fs::create_dir_all(folder)
+        .and_then(|()| fs::write(&file, la57::PLUGIN))
+        .with_context(|| file.display().to_string())?;
+    Ok(folder.to_owned())
 }
 
 /// Writes the table, in xz when its name says so; never over a file that is there. Says how many bytes it has.

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod btf;
+mod compare;
 pub mod isf;
 pub mod kallsyms;
 pub mod la57;
@@ -17,6 +18,7 @@ mod search;
 pub mod tables;
 pub mod vmcoreinfo;
 
+pub use compare::{Comparison, compare};
 pub use kallsyms::Symbol;
 pub use vmcoreinfo::Vmcoreinfo;
 

@@ -57,8 +57,13 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
 pub fn identity(root: &Path) -> Identity {
     let line = |path: &str| proc::read_line(&root.join(path)).ok();
     let mut identity = local_identity(root);
-    let is_ec2 = line("sys/class/dmi/id/sys_vendor").is_some_and(|v| v.as_bytes() == b"Amazon EC2");
-    let firmware_id = is_ec2.then(|| line("sys/class/dmi/id/board_asset_tag").unwrap_or_default());
+    let dmi = |name: &str| line(&format!("sys/class/dmi/id/{name}"));
+    let is_ec2 = dmi("sys_vendor").is_some_and(|v| v.as_bytes() == b"Amazon EC2")
+        // Xen instances: their vendor is Xen, and only the version says whose.
+        || dmi("bios_version").is_some_and(|v| v.as_bytes().ends_with(b"amazon"));
+    // Xen has no tag: the instance then is whom the document names.
+    let tag = dmi("board_asset_tag").filter(|tag| tag.as_bytes().starts_with(b"i-"));
+    let firmware_id = is_ec2.then(|| tag.unwrap_or_default());
     let path = root.join("etc/machine-id");
     let (tell, told) = std::sync::mpsc::channel();
     // A thread that hangs is left behind; it keeps nothing that anybody waits for.

@@ -24,8 +24,12 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     let source = procfs.as_os_str().as_encoded_bytes();
     let read_at = Timestamp::now();
     let mut found: BTreeMap<Vec<u8>, Module> = BTreeMap::new();
+    let (mut procfs_read, mut sysfs_read) = (false, false);
     match proc::read(&procfs) {
-        Ok(bytes) => found.extend(lines(&bytes).filter_map(parse).map(|m| (m.name.0.clone(), m))),
+        Ok(bytes) => {
+            procfs_read = true;
+            found.extend(lines(&bytes).filter_map(parse).map(|m| (m.name.0.clone(), m)));
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound && c.path("proc/self/stat").exists() => {
             return Err(Unsupported(
                 "this kernel has no loadable modules: /proc/modules does not exist".to_owned(),
@@ -36,20 +40,22 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     let sysfs = c.path("sys/module");
     match std::fs::read_dir(&sysfs) {
         // Code that is built in has a folder here too, but nothing that can be in a state.
-        Ok(entries) => entries
-            .flatten()
-            .filter(|e| e.path().join("initstate").exists())
-            .for_each(|entry| {
+        Ok(entries) => {
+            sysfs_read = true;
+            for entry in entries.flatten().filter(|e| e.path().join("initstate").exists()) {
                 let name = entry.file_name();
                 let module = found.entry(name.as_bytes().to_vec()).or_insert_with(|| Module {
                     name: Text::from(name.as_bytes()),
                     ..Module::default()
                 });
                 module.seen_in.push("sysfs".to_owned());
-            }),
+            }
+        }
         Err(error) => c.unread("modules", sysfs.as_os_str().as_encoded_bytes(), &error),
     }
-    let mut hidden = 0u64;
+    // With one list unread, that a module is not in it says nothing.
+    let both = [&procfs_read, &sysfs_read].into_iter().all(|read| *read);
+    let (mut hidden, mut unaddressed) = (0u64, 0u64);
     for (key, (name, mut module)) in (0u64..).zip(found) {
         if !c.item(key, &name) {
             continue;
@@ -58,12 +64,24 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         if module.seen_in.iter().any(|s| s == "sysfs") {
             read_sysfs(&sysfs.join(super::os(&name)), &mut module, &mut errors);
         }
-        hidden += u64::from(module.seen_in.len() == 1);
+        hidden += u64::from(both && module.seen_in.len() == 1);
+        let in_procfs = module.seen_in.iter().any(|s| s == "procfs");
+        unaddressed += u64::from(in_procfs && module.address.is_none());
+        let source = if in_procfs {
+            source
+        } else {
+            sysfs.as_os_str().as_encoded_bytes()
+        };
         c.record(source, read_at, Data::Module(Box::new(module)), errors.list);
         c.done();
     }
     if hidden > 0 {
         c.note(format!("{hidden} in only one of procfs and sysfs"));
+    }
+    if unaddressed > 0 {
+        c.note(format!(
+            "{unaddressed} without an address (kernel.kptr_restrict, or no privilege)"
+        ));
     }
     Ok(())
 }
@@ -97,7 +115,11 @@ fn parse(line: &[u8]) -> Option<Module> {
             .map(Text::from)
             .collect(),
         state: fields.next().map(Text::from),
-        address: fields.next().and_then(|a| hex(a.strip_prefix(b"0x")?)),
+        // Zero is what the kernel says to whoever may not know.
+        address: fields
+            .next()
+            .and_then(|a| hex(a.strip_prefix(b"0x")?))
+            .filter(|address| *address != 0),
         taint: fields
             .next()
             .and_then(|t| Some(Text::from(t.strip_prefix(b"(")?.strip_suffix(b")")?))),
@@ -123,7 +145,7 @@ mod tests {
         let module = parse(b"virtio_blk 28672 1 - Live 0x0000000000000000").unwrap();
         assert_eq!(
             (module.used_by.len(), module.taint, module.address),
-            (0, None, Some(0))
+            (0, None, None)
         );
     }
 }

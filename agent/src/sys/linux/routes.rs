@@ -86,6 +86,9 @@ fn conntrack(c: &mut Collection, netns: &netns::Netns, name: &str, read_at: Time
     let Ok(tables) = netns.tables(&["nf_conntrack"]) else {
         return;
     };
+    if tables.is_empty() && netns.own {
+        c.note("no table of tracked connections in procfs (the kernel offers it by netlink alone, or tracks none)".to_owned());
+    }
     for (_, path, bytes) in tables {
         let source = path.as_os_str().as_encoded_bytes();
         match bytes {

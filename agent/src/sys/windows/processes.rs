@@ -1,7 +1,8 @@
 //! Processes, as the `sysinfo` library reads them: NtQuerySystemInformation, and each process's own parameters.
 
-use crate::collect::{Collection, Unsupported};
+use crate::collect::{Collection, Errors, Unsupported};
 use jiff::Timestamp;
+use std::io;
 use stillframe_evidence::{
     records::{Data, processes::Process},
     text::Text,
@@ -30,6 +31,17 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         let started = i64::try_from(p.start_time())
             .ok()
             .and_then(|s| Timestamp::from_second(s).ok());
+        let mut errors = Errors::default();
+        // The idle process and the kernel have none of these; the others have them, and give them to whoever may know.
+        let mut missing = |field: &str, there: bool| {
+            if !there && !matches!(pid, 0 | 4) {
+                let why = io::Error::from(io::ErrorKind::PermissionDenied);
+                let _: Option<()> = errors.keep(field, format!("process {pid}"), Err(why));
+            }
+        };
+        missing("exe", p.exe().is_some());
+        missing("cmdline", !p.cmd().is_empty());
+        missing("user", p.user_id().is_some());
         let process = Process {
             pid,
             ppid: p.parent().map(|parent| parent.as_u32()),
@@ -46,7 +58,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
             "NtQuerySystemInformation",
             read_at,
             Data::Process(Box::new(process)),
-            Vec::new(),
+            errors.list,
         );
         c.done();
     }
