@@ -57,7 +57,8 @@ fn a_windows_capture_is_proven_and_shown_on_linux() {
     );
 }
 
-/// Opens a TCP and a UDP socket, says their ports, and waits for the end of its input.
+/// Opens TCP sockets (one that listens, one connected to it) and a UDP one, says their ports, and waits for the end of its input. Wine's server
+/// holds a socket alone until its program sends or receives, and so gives it no owner before.
 const LISTENER: &str = r#"
 #include <winsock2.h>
 #include <stdio.h>
@@ -71,9 +72,14 @@ int main(void) {
     struct sockaddr_in a = { 0 };
     a.sin_family = AF_INET; a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     SOCKET tcp = socket(AF_INET, SOCK_STREAM, 0), udp = socket(AF_INET, SOCK_DGRAM, 0);
+    SOCKET client = socket(AF_INET, SOCK_STREAM, 0);
     bind(tcp, (struct sockaddr *)&a, sizeof a); listen(tcp, 1);
     bind(udp, (struct sockaddr *)&a, sizeof a);
-    printf("%lu %d %d\n", GetCurrentProcessId(), port(tcp), port(udp)); fflush(stdout);
+    a.sin_port = htons(port(tcp));
+    connect(client, (struct sockaddr *)&a, sizeof a); send(client, "x", 1, 0);
+    a.sin_port = htons(port(udp));
+    sendto(udp, "x", 1, 0, (struct sockaddr *)&a, sizeof a);
+    printf("%lu %d %d %d\n", GetCurrentProcessId(), port(tcp), port(client), port(udp)); fflush(stdout);
     getchar();
     return 0;
 }
@@ -89,7 +95,7 @@ fn sockets_of_windows_have_their_owners() {
         .read_line(&mut line)
         .unwrap();
     let said: Vec<u64> = line.split_whitespace().map(|n| n.parse().unwrap()).collect();
-    let [pid, tcp, udp] = said[..] else {
+    let [pid, tcp, client, udp] = said[..] else {
         panic!("{line}")
     };
     // Wine shows the sockets of the machine below it, too: this one has no owner in there.
@@ -113,7 +119,12 @@ fn sockets_of_windows_have_their_owners() {
         (&listening["state"], &listening["local"]["address"]),
         (&"LISTEN".into(), &"127.0.0.1".into())
     );
-    for owned in [listening, socket("udp", udp)] {
+    let connected = socket("tcp", client);
+    assert_eq!(
+        (&connected["state"], &connected["remote"]["port"]),
+        (&"ESTABLISHED".into(), &tcp.into())
+    );
+    for owned in [connected, socket("udp", udp)] {
         assert_eq!(owned["owners"][0]["pid"], pid, "{owned}");
     }
     let unowned = socket("tcp", outside);
