@@ -189,6 +189,16 @@ fetch_jsonschema() {
     "$target/lab/jsonschema/bin/pip" install -q --disable-pip-version-check jsonschema==4.25.1
 }
 
+# fetch_localstack: a real S3 API server, in lab/localstack/bin. The versions beside it are those with which that release starts.
+fetch_localstack() {
+    [ ! -e "$target/lab/localstack/ready" ] || return 0
+    echo "tests/run: fetching LocalStack"
+    rm -rf "$target/lab/localstack" && python3 -m venv "$target/lab/localstack"
+    "$target/lab/localstack/bin/pip" install -q --disable-pip-version-check 'localstack-core[runtime]==4.4.0' 'cbor2<5.8' cryptography==44.0.3 \
+        pyOpenSSL==25.0.0 'service_identity<25' 'joserfc<1.1'
+    touch "$target/lab/localstack/ready"
+}
+
 # The suite that a kernel's folder came from, and its release.
 fetch_symbols_of() {
     local folder=$target/lab/kernels/$1 suite release
@@ -209,6 +219,7 @@ fetch_all() {
     release=$(basename "$target"/lab/kernels/6.1/boot/vmlinuz-*)
     fetch_lime "${release#vmlinuz-}"
     fetch_avml
+    fetch_localstack
     fetch_volatility
     fetch_jsonschema
     fetch_drgn

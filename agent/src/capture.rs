@@ -15,10 +15,13 @@ use crate::{
 use jiff::Timestamp;
 use sha2::{Digest as _, Sha256};
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     path::PathBuf,
-    sync::mpsc::{Receiver, SyncSender, TryRecvError, channel, sync_channel},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, SyncSender, TryRecvError, channel, sync_channel},
+    },
     thread::Scope,
     time::Instant,
 };
@@ -34,7 +37,7 @@ use stillframe_evidence::{
     segments::{Packed, RecordPacker, SegmentEntry},
     text::Text,
 };
-use stillframe_store::Store;
+use stillframe_store::{PutError, Store};
 
 /// The zstd level of records: they are few, and the host's processor is somebody's evidence too.
 const LEVEL: i32 = 1;
@@ -135,11 +138,25 @@ pub fn run(
     })
 }
 
-/// Puts objects beside the collecting, one after another, so that neither waits for the other.
+/// Puts objects beside the collecting, so that neither waits for the other: segments as many at once as the store can take, events one after
+/// another, since each stands on the one before.
 struct Putter {
-    give: SyncSender<Put>,
+    segments: SyncSender<Put>,
+    events: SyncSender<Put>,
     taken: Receiver<Taken>,
+    /// Everything that has not been answered.
     in_flight: usize,
+    /// Segments that have not been answered, by their step.
+    of_step: BTreeMap<u64, usize>,
+    /// What is under way of each artifact: the chain names its segments in their order, whatever the order of the answers.
+    flights: BTreeMap<Artifact, Flight>,
+}
+
+/// Segments of one artifact.
+#[derive(Default)]
+struct Flight {
+    waiting: BTreeSet<u64>,
+    answered: BTreeMap<u64, SegmentEntry>,
 }
 
 enum Put {
@@ -150,8 +167,8 @@ enum Put {
 
 enum Taken {
     /// The entry, its step, how it went, and its buffer.
-    Segment(SegmentEntry, u64, io::Result<()>, Vec<u8>),
-    Event(Key, Box<Event>, io::Result<()>),
+    Segment(SegmentEntry, u64, Result<(), PutError>, Vec<u8>),
+    Event(Key, Box<Event>, Result<(), PutError>),
 }
 
 impl Putter {
@@ -159,48 +176,133 @@ impl Putter {
         scope: &'scope Scope<'scope, 'env>,
         store: &'env dyn Store,
     ) -> Result<Self, Failure> {
-        let (give, jobs) = sync_channel::<Put>(4);
         // Answers are never waited for by the one who gives them.
         let (done, taken) = channel();
-        let work = move || {
-            // A gap in the numbers of an artifact would make what is behind it unreadable.
-            let mut ended: BTreeSet<Artifact> = BTreeSet::new();
-            for job in jobs {
-                let taken = match job {
-                    Put::Segment(Packed { bytes, mut entry }, step) => {
-                        let result = if ended.contains(&entry.artifact) {
-                            Err(io::Error::other("one before it was not stored"))
-                        } else {
-                            store
-                                .put(&entry.key(), &bytes)
-                                .map(|receipt| entry.receipt = receipt)
-                        };
-                        if result.is_err() {
-                            ended.insert(entry.artifact.clone());
-                        }
-                        Taken::Segment(entry, step, result, bytes)
+        // What is behind a segment that was not stored is not begun: of some artifacts it could not be read.
+        let ended: Arc<Mutex<BTreeSet<Artifact>>> = Arc::default();
+        let start = |jobs: Arc<Mutex<Receiver<Put>>>| {
+            let (done, ended) = (done.clone(), ended.clone());
+            let work = move || {
+                loop {
+                    // Held while waiting: the others wait for it, and then for a job, all the same.
+                    let job = lock(&jobs).recv();
+                    let Ok(job) = job else { return };
+                    if done.send(take(store, job, &ended)).is_err() {
+                        return;
                     }
-                    Put::Event(key, bytes, event) => {
-                        let result = store.put(&key, &bytes).map(|_| ());
-                        Taken::Event(key, event, result)
-                    }
-                };
-                if done.send(taken).is_err() {
-                    return;
                 }
-            }
+            };
+            let thread = std::thread::Builder::new()
+                .name("store".to_owned())
+                .stack_size(STACK);
+            thread.spawn_scoped(scope, work).map_err(|e| Failure::System {
+                what: "no thread for the store",
+                why: e.to_string(),
+            })
         };
-        let thread = std::thread::Builder::new().name("store".to_owned());
-        let no_thread = |e: io::Error| Failure::System {
-            what: "no thread for the store",
-            why: e.to_string(),
+        let (segments, jobs) = sync_channel::<Put>(4);
+        let jobs = Arc::new(Mutex::new(jobs));
+        for _ in 0..store.at_once().max(1) {
+            start(jobs.clone())?;
+        }
+        // A store that takes one at a time takes all in the order in which they were made.
+        let events = if store.at_once() > 1 {
+            let (events, jobs) = sync_channel::<Put>(4);
+            start(Arc::new(Mutex::new(jobs)))?;
+            events
+        } else {
+            segments.clone()
         };
-        thread.spawn_scoped(scope, work).map_err(no_thread)?;
         Ok(Putter {
-            give,
+            segments,
+            events,
             taken,
             in_flight: 0,
+            of_step: BTreeMap::new(),
+            flights: BTreeMap::new(),
         })
+    }
+
+    /// False when its threads have ended.
+    fn put(&mut self, put: Put) -> bool {
+        let under_way = match &put {
+            Put::Segment(packed, step) => Some((packed.entry.artifact.clone(), packed.entry.number, *step)),
+            Put::Event(..) => None,
+        };
+        let queue = if under_way.is_some() {
+            &self.segments
+        } else {
+            &self.events
+        };
+        if queue.send(put).is_err() {
+            return false;
+        }
+        self.in_flight += 1;
+        if let Some((artifact, number, step)) = under_way {
+            self.flights.entry(artifact).or_default().waiting.insert(number);
+            *self.of_step.entry(step).or_default() += 1;
+        }
+        true
+    }
+
+    /// Books the answer to a segment. `entry` is what the chain is to say of it; what comes back can be said now, in order.
+    fn answered(
+        &mut self,
+        artifact: &Artifact,
+        number: u64,
+        step: u64,
+        entry: Option<SegmentEntry>,
+    ) -> Vec<SegmentEntry> {
+        if let Some(left) = self.of_step.get_mut(&step) {
+            *left = left.saturating_sub(1);
+        }
+        let Some(flight) = self.flights.get_mut(artifact) else {
+            return Vec::new();
+        };
+        flight.waiting.remove(&number);
+        flight.answered.extend(entry.map(|entry| (number, entry)));
+        let behind = match flight.waiting.first() {
+            Some(first) => flight.answered.split_off(first),
+            None => BTreeMap::new(),
+        };
+        let ready = std::mem::replace(&mut flight.answered, behind);
+        if flight.waiting.is_empty() && flight.answered.is_empty() {
+            self.flights.remove(artifact);
+        }
+        ready.into_values().collect()
+    }
+
+    fn is_answered(&self, step: u64) -> bool {
+        self.of_step.get(&step).is_none_or(|left| *left == 0)
+    }
+}
+
+/// Of a thread that puts: what a TLS handshake takes, and room to spare.
+const STACK: usize = 512 << 10;
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn take(store: &dyn Store, job: Put, ended: &Mutex<BTreeSet<Artifact>>) -> Taken {
+    match job {
+        Put::Segment(Packed { bytes, mut entry }, step) => {
+            let result = if lock(ended).contains(&entry.artifact) {
+                Err(io::Error::other("one before it was not stored").into())
+            } else {
+                store
+                    .put(&entry.key(), &bytes)
+                    .map(|receipt| entry.receipt = receipt)
+            };
+            if result.is_err() {
+                lock(ended).insert(entry.artifact.clone());
+            }
+            Taken::Segment(entry, step, result, bytes)
+        }
+        Put::Event(key, bytes, event) => {
+            let result = store.put(&key, &bytes).map(|_| ());
+            Taken::Event(key, event, result)
+        }
     }
 }
 
@@ -209,8 +311,8 @@ struct Current {
     packer: RecordPacker,
     outcome: Outcome,
     failed: Option<String>,
-    /// The first segment that was not stored.
-    failed_at: Option<u64>,
+    /// Segments that were not stored, or of which nobody knows.
+    not_stored: BTreeSet<u64>,
 }
 
 struct Session<'a> {
@@ -226,8 +328,8 @@ struct Session<'a> {
     put: Putter,
     /// Segments that the store has and that no event has named yet.
     acknowledged: Vec<SegmentEntry>,
-    /// Outcomes whose segments are under way: the outcome, and how many it still waits for.
-    waiting: VecDeque<(Outcome, usize)>,
+    /// Outcomes whose segments may be under way.
+    waiting: VecDeque<Outcome>,
     current: Option<Current>,
     /// Buffers that held segments, for the next ones.
     spare: Vec<Vec<u8>>,
@@ -273,14 +375,14 @@ impl Session<'_> {
     }
 
     fn put(&mut self, put: Put) {
-        match self.put.give.send(put) {
-            Ok(()) => self.put.in_flight += 1,
-            Err(_) => self.store_died(),
+        if !self.put.put(put) {
+            self.store_died();
         }
     }
 
     fn store_died(&mut self) {
         self.put.in_flight = 0;
+        self.put.of_step.clear();
         let why = "it ended before the capture did".to_owned();
         self.broken.get_or_insert(Failure::System {
             what: "the thread of the store",
@@ -301,9 +403,9 @@ impl Session<'_> {
         self.footprint.sent = self.footprint.sent.saturating_add(bytes.len() as u64);
         match self.store.put(key, bytes) {
             Ok(_) => Ok(()),
-            Err(source) => Err(Failure::Store {
+            Err(error) => Err(Failure::Store {
                 key: key.to_string(),
-                source,
+                source: error.error,
             }),
         }
     }
@@ -401,7 +503,7 @@ impl Session<'_> {
             packer,
             outcome,
             failed: None,
-            failed_at: None,
+            not_stored: BTreeSet::new(),
         });
         Ok(())
     }
@@ -466,8 +568,7 @@ impl Session<'_> {
             outcome.status = Status::Failed;
             outcome.reason = Some(why);
         }
-        // Its segments are behind everything that is in flight now.
-        self.waiting.push_back((current.outcome, self.put.in_flight));
+        self.waiting.push_back(current.outcome);
         self.settle(false);
         self.report()
     }
@@ -487,43 +588,47 @@ impl Session<'_> {
                 Err(TryRecvError::Disconnected) => return self.store_died(),
             };
             self.put.in_flight = self.put.in_flight.saturating_sub(1);
-            for (_, left) in &mut self.waiting {
-                *left = left.saturating_sub(1);
-            }
             match answer {
                 Taken::Segment(entry, step, result, bytes) => {
-                    match result {
-                        Ok(()) => self.acknowledged.push(entry),
-                        Err(error) => self.fail(&entry, step, &error),
-                    }
+                    let (artifact, number) = (entry.artifact.clone(), entry.number);
+                    let said = match result {
+                        Ok(()) => Some(entry),
+                        Err(error) => {
+                            self.fail(&entry, step, &error);
+                            // It may be there: then the chain must know it.
+                            error.lost.then_some(entry)
+                        }
+                    };
+                    let ready = self.put.answered(&artifact, number, step, said);
+                    self.acknowledged.extend(ready);
                     if self.spare.len() < SPARE {
                         self.spare.push(bytes);
                     }
                 }
                 Taken::Event(_, event, Ok(())) => (self.tell)(&event),
-                Taken::Event(key, _, Err(source)) => {
+                Taken::Event(key, _, Err(error)) => {
                     self.broken.get_or_insert(Failure::Store {
                         key: key.to_string(),
-                        source,
+                        source: error.error,
                     });
                 }
             }
         }
     }
 
-    fn fail(&mut self, entry: &SegmentEntry, step: u64, error: &io::Error) {
+    fn fail(&mut self, entry: &SegmentEntry, step: u64, error: &PutError) {
         let why = format!(
             "segment {} of {} was not stored: {}",
             entry.number,
             entry.artifact,
-            crate::collect::describe(error)
+            crate::collect::describe(&error.error)
         );
         if let Some(current) = &mut self.current
             && current.outcome.step == step
         {
             current.failed.get_or_insert(why);
-            current.failed_at.get_or_insert(entry.number);
-        } else if let Some((outcome, _)) = self.waiting.iter_mut().find(|(outcome, _)| outcome.step == step)
+            current.not_stored.insert(entry.number);
+        } else if let Some(outcome) = self.waiting.iter_mut().find(|outcome| outcome.step == step)
             && outcome.status != Status::Failed
         {
             outcome.status = Status::Failed;
@@ -536,8 +641,13 @@ impl Session<'_> {
         if let Some(failure) = self.broken.take() {
             return Err(failure);
         }
-        while self.waiting.front().is_some_and(|(_, left)| *left == 0) {
-            if let Some((outcome, _)) = self.waiting.pop_front() {
+        while self
+            .waiting
+            .front()
+            .is_some_and(|outcome| self.put.is_answered(outcome.step))
+        {
+            if let Some(outcome) = self.waiting.pop_front() {
+                self.put.of_step.remove(&outcome.step);
                 self.event(What::Step(outcome))?;
             }
         }

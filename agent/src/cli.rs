@@ -12,16 +12,17 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use jiff::Timestamp;
 use std::{
     io::{IsTerminal as _, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 use stillframe_evidence::{
     SCHEMA,
     chain::{Event, Order, What},
-    layout::{CaptureId, CaseName},
+    layout::{CaptureId, CaseName, Writer},
     root::Hash,
     text::{Text, json_line, printable},
 };
+use stillframe_store::{aws::Reach, s3};
 
 /// Collects, in order of volatility, what this host would lose at power-off.
 #[derive(Parser)]
@@ -62,9 +63,11 @@ enum Verb {
 
 #[derive(Args)]
 struct CaptureArgs {
-    /// A directory, or - for a stream on standard output that `stillframe receive` reads
+    /// A directory, s3://bucket/prefix, or - for a stream on standard output that `stillframe receive` reads
     #[arg(long)]
     store: String,
+    #[command(flatten)]
+    aws: AwsArgs,
     /// The case that the capture belongs to
     #[arg(long, default_value = "unassigned")]
     case: CaseName,
@@ -113,6 +116,55 @@ struct CaptureArgs {
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
+}
+
+/// How S3 is reached, where it is not as the SDK's own variables say. Credentials are those of the instance's role.
+#[derive(Args)]
+#[command(next_help_heading = "For an s3:// store")]
+struct AwsArgs {
+    /// The region
+    #[arg(long)]
+    region: Option<String>,
+    /// Where requests go instead of AWS
+    #[arg(long)]
+    endpoint_url: Option<String>,
+    /// FIPS endpoints
+    #[arg(long)]
+    fips: bool,
+    /// Endpoints that answer over IPv6 too
+    #[arg(long)]
+    dual_stack: bool,
+    /// PEM certificates to trust instead of the roots built in
+    #[arg(long)]
+    ca_bundle: Option<PathBuf>,
+    /// The KMS key to encrypt under, when it is not the bucket's own
+    #[arg(long)]
+    kms_key: Option<String>,
+    /// The first part of the capture's prefix, which the bucket's policy binds to the credentials [default: asked of STS]
+    #[arg(long)]
+    writer: Option<Writer>,
+    /// Objects that are put at once [default: 4, on a small host 2]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=16))]
+    puts: Option<u8>,
+}
+
+impl AwsArgs {
+    fn options(&self, root: &Path) -> s3::Options {
+        let small = crate::sys::total_memory(root).is_none_or(crate::memory::is_small);
+        s3::Options {
+            reach: Reach {
+                region: self.region.clone(),
+                endpoint: self.endpoint_url.clone(),
+                fips: self.fips,
+                dual_stack: self.dual_stack,
+                ca_bundle: self.ca_bundle.clone(),
+            },
+            kms_key: self.kms_key.clone(),
+            credentials: None,
+            writer: self.writer.clone(),
+            at_once: usize::from(self.puts.unwrap_or(if small { 2 } else { 4 })),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -209,12 +261,13 @@ fn wrong_use(args: &CaptureArgs) -> Option<String> {
     } else if streams_memory
         && args.image.is_none()
         && args.store != "-"
+        && !args.store.starts_with("s3://")
         && !args.on_this_disk
         && crate::sys::is_own_disk(args.store.as_ref())
     {
         Some(format!(
-            "--store {}: the memory of this host would be written to one of its own disks, over what was deleted there; use --store - or \
-             a network file system, or say --on-this-disk",
+            "--store {}: the memory of this host would be written to one of its own disks, over what was deleted there; use --store -, \
+             s3:// or a network file system, or say --on-this-disk",
             args.store
         ))
     } else {
@@ -269,7 +322,7 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
     pids.sort_unstable();
     pids.dedup();
     let id = args.id.unwrap_or_else(CaptureId::mint);
-    let store = match stillframe_store::open(&args.store, id) {
+    let store = match stillframe_store::open(&args.store, id, args.aws.options(&args.root)) {
         Ok(store) => store,
         Err(why) => return refuse(&why),
     };

@@ -122,11 +122,12 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// For `total` bytes of memory, on a host that has `host`, read by so many threads. A small host gives up little of its memory for buffers, since what they
+    /// For `total` bytes of memory, on a host that has `host`, read by so many threads, for a store that takes `at_once`. A small host gives up little of its memory for buffers, since what they
     /// overwrite may be evidence; a large image gets fewer objects.
-    pub fn of(total: u64, host: u64, threads: usize) -> Self {
+    pub fn of(total: u64, host: u64, threads: usize, at_once: usize) -> Self {
         let small = is_small(host);
-        let (ahead, in_flight) = (threads + threads / 2, if small { 0 } else { 1 });
+        let in_flight = at_once.saturating_sub(1).max(usize::from(!small));
+        let ahead = threads + threads / 2;
         let least = if small { 1 << 20 } else { 4 << 20 };
         // All segments in memory together; and no more of them than a manifest can name.
         let buffers = (ahead + in_flight + 1).max(2) as u64;
@@ -219,7 +220,7 @@ mod tests {
 
     #[test]
     fn segments_fit_the_host() {
-        let segment = |gib: u64, threads| Sizes::of(gib << 30, gib << 30, threads).segment >> 20;
+        let segment = |gib: u64, threads| Sizes::of(gib << 30, gib << 30, threads, 1).segment >> 20;
         assert_eq!(
             [segment(1, 1), segment(1, 4), segment(4, 2), segment(64, 4)],
             [1, 1, 4, 4]

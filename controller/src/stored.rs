@@ -1,14 +1,16 @@
-//! Captures in a store, for reading. A store may hold anything: links are not followed, what is no file is not opened, and
-//! nothing is believed here; proving is for `stillframe_evidence::verdict`.
+//! Captures in a store, for reading: a directory or a bucket. A store may hold anything, and nothing is believed here; proving is for
+//! `stillframe_evidence::verdict`.
 
-use anyhow::{Context as _, Result, anyhow, bail};
+mod bucket;
+mod directory;
+
+use crate::command::At;
+use anyhow::{Result, anyhow, bail};
+use bucket::Bucket;
+use directory::Directory;
 use jiff::Timestamp;
 use serde::Serialize;
-use std::{
-    fs::{self, File},
-    io::{Read as _, Write as _},
-    path::{Path, PathBuf},
-};
+use std::sync::Arc;
 use stillframe_evidence::{
     chain::{Chain, Closing, MAX_EVENT, Outcome},
     frames::{MAX_SEGMENT, Segment},
@@ -16,14 +18,13 @@ use stillframe_evidence::{
     manifest::MAX_MANIFEST,
     root::Hash,
     signature::split,
-    text::Text,
-    verdict::Objects,
+    text::{Text, json_line},
+    verdict::{Anchor, Objects},
 };
-use stillframe_store::{private_file, private_folder};
 
-/// A directory store.
+/// A store.
 pub struct Store {
-    base: PathBuf,
+    place: Arc<dyn Place>,
 }
 
 /// How far a capture is, by what it says of itself: nothing is proven.
@@ -58,8 +59,7 @@ pub struct Stored {
     pub id: CaptureId,
     /// Who wrote it, as the store has it.
     pub writer: Writer,
-    base: PathBuf,
-    folder: PathBuf,
+    place: Arc<dyn Place>,
 }
 
 /// What the first event says, for lists.
@@ -77,45 +77,63 @@ pub struct Summary {
     pub state: State,
 }
 
+/// Where objects are, and what it knows of them.
+trait Place: Send + Sync {
+    /// As a person names it.
+    fn name(&self) -> String;
+    /// The names of what lies directly below a prefix and has something below it.
+    fn folders(&self, prefix: &str) -> Result<Vec<String>>;
+    /// Every name below a prefix, relative to it, and its size.
+    fn list(&self, prefix: &str) -> Result<Vec<(String, u64)>, String>;
+    /// An object of at most `max` bytes.
+    fn get(&self, key: &str, max: u64) -> Result<Vec<u8>, String>;
+    /// Writes what the controller itself has to keep, in place of what is there. Never evidence.
+    fn keep(&self, key: &str, object: &[u8]) -> Result<()>;
+    /// What it says for or against a capture that has been read.
+    fn anchor(&self, _prefix: &str, _chain: &Chain) -> Anchor {
+        Anchor::None("whoever can write to this store could have made all of it anew".to_owned())
+    }
+    /// What it stated of each object that was read.
+    fn statements(&self, _prefix: &str) -> Option<serde_json::Value> {
+        None
+    }
+}
+
 impl Store {
-    /// Opens a directory store.
-    pub fn open(path: &Path) -> Result<Self> {
-        if let Some((scheme, _)) = path.to_str().and_then(|p| p.split_once("://")) {
-            bail!(
-                "--store {}: stores of scheme {scheme} are not supported; use a directory",
-                path.display()
-            );
-        }
-        let metadata = fs::metadata(path).with_context(|| format!("--store {}", path.display()))?;
-        if !metadata.is_dir() {
-            bail!("--store {}: not a directory", path.display());
-        }
-        Ok(Store {
-            base: path.to_owned(),
-        })
+    /// Opens a directory, or `s3://bucket/prefix`.
+    pub fn open(at: &At) -> Result<Self> {
+        let place: Arc<dyn Place> = match at.store.to_str().filter(|store| store.contains("://")) {
+            Some(target) if target.starts_with("s3://") => Arc::new(Bucket::open(target, &at.aws.reach())?),
+            Some(target) => bail!(
+                "--store {target}: stores of that scheme are not supported; use a directory or s3://bucket/prefix"
+            ),
+            None => Arc::new(Directory::open(&at.store)?),
+        };
+        Ok(Store { place })
     }
 
     /// Every capture, in the order in which they were begun.
     pub fn captures(&self) -> Result<Vec<Stored>> {
         let mut found = Vec::new();
-        let evidence = self.base.join("evidence");
-        for writer in folders(&evidence)? {
+        for writer in self.place.folders("evidence")? {
             let Ok(writer) = writer.parse::<Writer>() else {
                 continue;
             };
-            for id in folders(&evidence.join(writer.as_str()))? {
+            for id in self.place.folders(&format!("evidence/{writer}"))? {
                 let Ok(id) = id.parse::<CaptureId>() else { continue };
-                let folder = self.base.join(evidence_prefix(&writer, id));
                 found.push(Stored {
                     id,
                     writer: writer.clone(),
-                    base: self.base.clone(),
-                    folder,
+                    place: self.place.clone(),
                 });
             }
         }
-        // Ids of our own programs sort by time; of others' ids the first event knows.
-        found.sort_by_cached_key(|s| (s.started(), s.id));
+        // Ids of our own programs say when they were minted; of others' ids the first event knows. One that cannot be read comes last: `latest` must
+        // not pass over it.
+        found.sort_by_cached_key(|s| {
+            let begun = s.id.minted().or_else(|| s.started());
+            (begun.is_none(), begun, s.id, s.writer.clone())
+        });
         Ok(found)
     }
 
@@ -125,7 +143,7 @@ impl Store {
         if name == "latest" {
             return captures
                 .pop()
-                .ok_or_else(|| anyhow!("no capture in {}", self.base.display()));
+                .ok_or_else(|| anyhow!("no capture in {}", self.place.name()));
         }
         let mut matching: Vec<Stored> = captures
             .into_iter()
@@ -139,133 +157,70 @@ impl Store {
             ),
             (None, _) => bail!(
                 "no capture {name} in {}; `stillframe list` shows those there are",
-                self.base.display()
+                self.place.name()
             ),
         }
     }
 }
 
-fn folders(path: &Path) -> Result<Vec<String>> {
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).with_context(|| path.display().to_string()),
-    };
-    let name = |e: fs::DirEntry| {
-        e.file_type()
-            .is_ok_and(|t| t.is_dir())
-            .then(|| e.file_name().into_string().ok())?
-    };
-    Ok(entries.flatten().filter_map(name).collect())
-}
-
 impl Objects for Stored {
     fn list(&self) -> Result<Vec<(String, u64)>, String> {
-        let mut found = Vec::new();
-        let mut folders = vec![(self.folder.clone(), String::new())];
-        while let Some((folder, prefix)) = folders.pop() {
-            let mut empty = true;
-            for entry in fs::read_dir(&folder).map_err(|e| format!("{prefix}: {e}"))? {
-                empty = false;
-                let entry = entry.map_err(|e| format!("{prefix}: {e}"))?;
-                let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-                let metadata = entry.metadata().map_err(|e| format!("{name}: {e}"))?;
-                if metadata.is_dir() {
-                    folders.push((entry.path(), name + "/"));
-                } else if metadata.is_file() {
-                    found.push((name, metadata.len()));
-                } else {
-                    // No agent makes links, FIFOs or devices: as a name that is no key it is a finding.
-                    found.push((name + " (not a regular file)", 0));
-                }
-            }
-            let path = prefix.trim_end_matches('/');
-            let known = matches!(path, "" | "progress" | "volatile") || path.parse::<Artifact>().is_ok();
-            if empty && !known {
-                found.push((prefix, 0));
-            }
-        }
-        Ok(found)
+        self.place.list(&self.prefix())
     }
 
     fn get(&self, name: &str, max: u64) -> Result<Vec<u8>, String> {
-        read_bounded(&self.folder.join(name), max)
+        self.place.get(&format!("{}/{name}", self.prefix()), max)
     }
-}
 
-/// A regular file of at most `max` bytes; links are not followed.
-fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>, String> {
-    let mut options = File::options();
-    options.read(true);
-    // What is looked at is what is read, whatever is put in its place meanwhile.
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    let file = options.open(path).map_err(|e| e.to_string())?;
-    if !file.metadata().map_err(|e| e.to_string())?.is_file() {
-        return Err("not a regular file".to_owned());
-    }
-    let mut bytes = Vec::new();
-    let read = file.take(max.saturating_add(1)).read_to_end(&mut bytes);
-    match read {
-        Err(error) => Err(error.to_string()),
-        Ok(n) if n as u64 > max => Err(format!("more than {max} bytes")),
-        Ok(_) => Ok(bytes),
+    fn anchor(&self, chain: &Chain) -> Anchor {
+        self.place.anchor(&self.prefix(), chain)
     }
 }
 
 impl Stored {
+    fn prefix(&self) -> String {
+        evidence_prefix(&self.writer, self.id)
+    }
+
     /// The salvage record, where there is one. It stands under the case that the first event names.
     pub fn salvage(&self) -> Option<Vec<u8>> {
-        read_bounded(&self.salvage_path()?, MAX_MANIFEST).ok()
+        self.place.get(&self.in_case("salvage.json")?, MAX_MANIFEST).ok()
     }
 
-    /// Writes the salvage record, in place of an older one. A link on the way is refused: it may lead anywhere.
+    /// Writes the salvage record, in place of an older one.
     pub fn keep_salvage(&self, object: &[u8]) -> Result<()> {
-        let path = self.salvage_path().ok_or(NoEvent(self.id))?;
-        let folder = path.parent().unwrap_or(&path);
-        let relative = folder.strip_prefix(&self.base).unwrap_or(folder);
-        let mut at = self.base.clone();
-        for part in relative {
-            at.push(part);
-            let shown = || at.display().to_string();
-            match private_folder().create(&at) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                    return Err(error).with_context(shown);
-                }
-                _ => (),
-            }
-            if !fs::symlink_metadata(&at).with_context(shown)?.is_dir() {
-                bail!(
-                    "{} is no folder: the salvage record is not written behind it",
-                    at.display()
-                );
-            }
-        }
-        let temporary = folder.join(format!("salvage.json.{}", std::process::id()));
-        let shown = || temporary.display().to_string();
-        let mut file = private_file().open(&temporary).with_context(shown)?;
-        let written = file
-            .write_all(object)
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fs::rename(&temporary, &path));
-        if written.is_err() {
-            let _ = fs::remove_file(&temporary);
-        }
-        written.with_context(|| path.display().to_string())
+        self.place
+            .keep(&self.in_case("salvage.json").ok_or(NoEvent(self.id))?, object)
     }
 
-    /// Where it stands.
-    fn salvage_path(&self) -> Option<PathBuf> {
+    /// Writes down what the store states of every object that was read, where it states anything. Says under which key.
+    pub fn keep_witness(&self) -> Result<Option<String>> {
+        let Some(objects) = self.place.statements(&self.prefix()) else {
+            return Ok(None);
+        };
+        let at = Timestamp::now();
+        let record = serde_json::json!({
+            "schema": stillframe_evidence::SCHEMA, "capture": self.id, "writer": self.writer, "store": self.place.name(), "seen": at, "objects": objects,
+        });
+        let key = self
+            .in_case(&format!("witness-{}.json", at.as_millisecond()))
+            .ok_or(NoEvent(self.id))?;
+        self.place.keep(&key, (json_line(&record)? + "\n").as_bytes())?;
+        Ok(Some(key))
+    }
+
+    fn in_case(&self, name: &str) -> Option<String> {
         let chain = self.first_event()?;
         let case = &chain.opening()?.order.case;
-        Some(self.base.join(case_prefix(case, self.id)).join("salvage.json"))
+        Some(format!("{}/{name}", case_prefix(case, self.id)))
     }
 
     fn events(&self) -> Result<Vec<(u64, Key)>, String> {
         let mut events: Vec<(u64, Key)> = self
-            .list()?
+            .place
+            .list(&format!("{}/progress", self.prefix()))?
             .into_iter()
-            .filter_map(|(name, _)| match name.parse() {
+            .filter_map(|(name, _)| match format!("progress/{name}").parse() {
                 Ok(key @ Key::Event { sequence, .. }) => Some((sequence, key)),
                 _ => None,
             })

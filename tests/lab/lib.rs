@@ -2,6 +2,7 @@
 //! so none is ever stale; what it starts ends with it.
 
 pub mod captured;
+pub mod cloud;
 pub mod dead_mount;
 pub mod fill;
 pub mod guest;

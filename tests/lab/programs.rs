@@ -22,12 +22,17 @@ pub fn target() -> PathBuf {
 }
 
 /// What this process has had built. One build at a time here; cargo itself sees to it between processes.
-static BUILT: Mutex<BTreeMap<(String, bool), PathBuf>> = Mutex::new(BTreeMap::new());
+static BUILT: Mutex<BTreeMap<(String, String), PathBuf>> = Mutex::new(BTreeMap::new());
 
-/// Builds one binary, in the profile of the caller or in release, and says where it lies.
-fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Result<PathBuf> {
+/// The profile that this very code was built in.
+fn own_profile() -> &'static str {
+    if cfg!(debug_assertions) { "dev" } else { "release" }
+}
+
+/// Builds one binary and says where it lies.
+fn build(package: &str, binary: &str, triple: Option<&str>, profile: &str) -> Result<PathBuf> {
     let mut built = BUILT.lock().unwrap_or_else(|e| e.into_inner());
-    let key = (format!("{binary} {}", triple.unwrap_or("")), release);
+    let key = (format!("{binary} {}", triple.unwrap_or("")), profile.to_owned());
     if let Some(path) = built.get(&key) {
         return Ok(path.clone());
     }
@@ -42,9 +47,7 @@ fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Re
         cargo.args(["--target", triple]);
         folder.push(triple);
     }
-    if release {
-        cargo.arg("--release");
-    }
+    cargo.args(["--profile", profile]);
     // What cargo tells a test or build script about itself is not for the build inside it.
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CARGO_PKG") || name == "CARGO_MANIFEST_DIR" {
@@ -61,7 +64,7 @@ fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Re
         ""
     };
     let path = folder
-        .join(if release { "release" } else { "debug" })
+        .join(if profile == "dev" { "debug" } else { profile })
         .join(format!("{binary}{suffix}"));
     built.insert(key, path.clone());
     Ok(path)
@@ -69,22 +72,17 @@ fn build(package: &str, binary: &str, triple: Option<&str>, release: bool) -> Re
 
 /// The agent for this machine.
 pub fn agent() -> Result<PathBuf> {
-    build(
-        "stillframe-agent",
-        "stillframe-agent",
-        None,
-        !cfg!(debug_assertions),
-    )
+    build("stillframe-agent", "stillframe-agent", None, own_profile())
 }
 
 /// The controller for this machine.
 pub fn controller() -> Result<PathBuf> {
-    build("stillframe", "stillframe", None, !cfg!(debug_assertions))
+    build("stillframe", "stillframe", None, own_profile())
 }
 
 /// The lab's own program, which can be a process of a load.
 pub fn lab() -> Result<PathBuf> {
-    build("stillframe-tests", "lab", None, !cfg!(debug_assertions))
+    build("stillframe-tests", "lab", None, own_profile())
 }
 
 /// The agent as it is released for Linux: static.
@@ -93,13 +91,18 @@ pub fn static_agent() -> Result<PathBuf> {
         "stillframe-agent",
         "stillframe-agent",
         Some("x86_64-unknown-linux-musl"),
-        true,
+        "dist",
     )
 }
 
 /// The lab's own program for a guest: static.
 pub fn static_lab() -> Result<PathBuf> {
-    build("stillframe-tests", "lab", Some("x86_64-unknown-linux-musl"), true)
+    build(
+        "stillframe-tests",
+        "lab",
+        Some("x86_64-unknown-linux-musl"),
+        "dist",
+    )
 }
 
 /// The agent for Windows.
@@ -108,7 +111,7 @@ pub fn windows_agent() -> Result<PathBuf> {
         "stillframe-agent",
         "stillframe-agent",
         Some("x86_64-pc-windows-gnu"),
-        true,
+        "dist",
     )
 }
 

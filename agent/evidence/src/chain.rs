@@ -251,9 +251,11 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let safe = |text: &str| crate::text::printable(text.as_bytes());
+        let (what, error) = (safe(&self.what), safe(&self.error));
         match self.count {
-            1 => write!(f, "{}: {}", self.source, self.error),
-            n => write!(f, "{n} × {}: {} (first: {})", self.what, self.error, self.source),
+            1 => write!(f, "{}: {error}", self.source),
+            n => write!(f, "{n} × {what}: {error} (first: {})", self.source),
         }
     }
 }
@@ -457,13 +459,13 @@ impl Chain {
         for segment in &event.segments {
             let known = || self.counts.get(&segment.artifact).copied().unwrap_or(0);
             let count = next.entry(&segment.artifact).or_insert_with(known);
-            *count += 1;
-            if segment.number != *count {
+            if segment.number <= *count {
                 return Err(format!(
-                    "lists segment {} of {} in the place of {count}",
+                    "lists segment {} of {} behind segment {count}",
                     segment.number, segment.artifact
                 ));
             }
+            *count = segment.number;
         }
         let plan = self.events.first().and_then(|(_, first)| match &first.event {
             What::Opened(opening) => Some(&opening.plan),

@@ -1,6 +1,7 @@
 //! The names of the objects of a capture. Nothing here is made of guest data, and nothing outside these forms is a key.
 
 use crate::{Error, root::Hash};
+use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::{fmt, str::FromStr};
 use uuid::Uuid;
@@ -13,6 +14,16 @@ impl CaptureId {
     /// A new id of this moment.
     pub fn mint() -> Self {
         CaptureId(Uuid::now_v7())
+    }
+
+    /// When it was minted, to the millisecond, by the clock of whoever did; nothing where the id does not say.
+    pub fn minted(&self) -> Option<Timestamp> {
+        let (seconds, nanoseconds) = self
+            .0
+            .get_timestamp()
+            .filter(|_| self.0.get_version_num() == 7)?
+            .to_unix();
+        Timestamp::new(i64::try_from(seconds).ok()?, i32::try_from(nanoseconds).ok()?).ok()
     }
 }
 

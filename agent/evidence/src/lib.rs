@@ -19,7 +19,8 @@
 //! [`layout`] parses and prints these names and refuses every other.
 //!
 //! # Segments and frames
-//! An artifact (`volatile/processes`, …) is a numbered run of segments without a gap. A segment is
+//! An artifact (`volatile/processes`, …) is a numbered run of segments. A number is left out only where the store did not take that segment, and the
+//! outcome of its step then says so. A segment is
 //! ```text
 //! zstd frame × N           N ≥ 1, each with its content size in the header, each independent of the others
 //! skippable frame          magic 0x184D2A53: the frame table
@@ -52,7 +53,7 @@
 //! signatures). The payload of event *n* ([`chain::Event`]) carries `sequence` = *n*, `capture` = the capture id and
 //! `previous` = the SHA-256 of the whole object of event *n − 1* (null for the first).
 //! It lists the segments acknowledged by the store since the event before it, each exactly once in a chain, in
-//! ascending order within an artifact. The first event is `opened` (before anything is collected), the last
+//! ascending order within an artifact. A segment whose receipt is not `confirmed` in a store of kind `s3` is one whose answer was lost: it may be absent. The first event is `opened` (before anything is collected), the last
 //! `closed`; between them a `step` for each step of the plan, in the plan's order, and before the `step` of a long one any
 //! number of `progress`.
 //!

@@ -137,7 +137,7 @@ impl Session<'_> {
     pub(super) fn companions(&mut self, request: &Request) -> Result<End, Failure> {
         let mut end = End::new(Status::Complete, None);
         let kcore = Kcore::open(&request.root).ok();
-        let in_flight = Sizes::of(0, memory_of(request), threads_of(request)).in_flight;
+        let in_flight = Sizes::of(0, memory_of(request), threads_of(request), self.store.at_once()).in_flight;
         for companion in companions::all(&request.root, kcore.as_ref()) {
             match companion {
                 Ok(found) => self.companion(found, in_flight, &mut end)?,
@@ -271,7 +271,12 @@ impl Session<'_> {
                     }
                     Err(why) => return Ok(End::failed(why.to_string())),
                 };
-                let sizes = Sizes::of(total(&kcore.expected()), memory_of(request), threads_of(request));
+                let sizes = Sizes::of(
+                    total(&kcore.expected()),
+                    memory_of(request),
+                    threads_of(request),
+                    self.store.at_once(),
+                );
                 let addresses = kcore.addresses.to_string();
                 let source = kcore.in_segments_of(sizes.segment);
                 let about = MemorySource {
@@ -294,7 +299,7 @@ impl Session<'_> {
     /// Why a module must not read all of physical memory here.
     fn secrets_in_the_way(&self) -> Option<String> {
         let outcomes = self.chain.iter().flat_map(|chain| chain.outcomes());
-        let waiting = self.waiting.iter().map(|(outcome, _)| outcome);
+        let waiting = self.waiting.iter();
         let outcome = outcomes
             .chain(waiting)
             .find(|o| o.kind.as_str() == "secret-mappings");
@@ -320,7 +325,12 @@ impl Session<'_> {
             Ok(image) => image,
             Err(why) => return Ok(End::failed(format!("--image {}: {why}", path.display()))),
         };
-        let sizes = Sizes::of(total(&image.ranges()), memory_of(request), threads_of(request));
+        let sizes = Sizes::of(
+            total(&image.ranges()),
+            memory_of(request),
+            threads_of(request),
+            self.store.at_once(),
+        );
         let about = MemorySource {
             method: "image".to_owned(),
             format: Some(image.format().as_str().to_owned()),
@@ -365,7 +375,12 @@ impl Session<'_> {
         }
         let iomem = fs::read(request.root.join("proc/iomem")).unwrap_or_default();
         let ram = ranges::system_ram(&String::from_utf8_lossy(&iomem));
-        let sizes = Sizes::of(total(&ram), memory_of(request), threads_of(request));
+        let sizes = Sizes::of(
+            total(&ram),
+            memory_of(request),
+            threads_of(request),
+            self.store.at_once(),
+        );
         let source = match Lime::start(&module, ram, sizes.segment) {
             Ok(source) => source,
             Err(why) => return Ok(End::failed(why)),
@@ -430,7 +445,12 @@ impl Session<'_> {
                     continue;
                 }
             };
-            let sizes = Sizes::of(process.size(), memory_of(request), threads_of(request));
+            let sizes = Sizes::of(
+                process.size(),
+                memory_of(request),
+                threads_of(request),
+                self.store.at_once(),
+            );
             let process = process.in_segments_of(sizes.segment);
             for region in &process.regions {
                 self.datum(
@@ -562,11 +582,14 @@ impl Session<'_> {
         }
         // What comes after them takes their place in memory.
         self.spare.clear();
-        let failed = self.current.as_ref().and_then(|current| current.failed_at);
+        let not_stored = self
+            .current
+            .as_mut()
+            .map(|current| std::mem::take(&mut current.not_stored));
         if let Some(current) = &mut self.current {
             current.outcome.bytes = before.saturating_add(summary.bytes);
         }
-        summary.close(failed);
+        summary.close(&not_stored.unwrap_or_default());
         for gap in gaps {
             self.datum(&place, Data::MemoryGap(Box::new(gap)))?;
         }

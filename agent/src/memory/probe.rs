@@ -101,7 +101,7 @@ impl Probe {
     /// For a person.
     pub fn lines(&self) -> Vec<String> {
         let yes = |b: bool| if b { "yes" } else { "no" };
-        let sizes = Sizes::of(self.bytes, self.bytes, self.threads);
+        let sizes = Sizes::of(self.bytes, self.bytes, self.threads, 1);
         let mut lines = vec![
             format!(
                 "source           {}: {}",

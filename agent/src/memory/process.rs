@@ -17,7 +17,8 @@ use stillframe_evidence::{
     text::Text,
 };
 
-/// Holes of fewer pages are stored as zeros, unread, rather than told apart: a program header costs as much as half a page says.
+/// Holes of fewer pages in anonymous memory are stored as the zeros that they are, unread, rather than told apart: a program header costs as much
+/// as half a page says. In a mapping of a file a hole is what the file has there, and is left out.
 const JOIN: u64 = 4;
 /// Bytes of the head of a core: it stands in one segment.
 const MAX_HEAD: usize = 32 << 20;
@@ -72,7 +73,8 @@ impl Process {
                         why: "the mapping is larger than is walked".to_owned(),
                     });
                 } else {
-                    for (start, size) in resident(&pagemap, region.start, region.end, &mut absent) {
+                    let join = if is_anonymous(&region) { JOIN } else { 1 };
+                    for (start, size) in resident(&pagemap, (region.start, region.end), join, &mut absent) {
                         region.captured += size;
                         loads.push(elf::Segment {
                             load: true,
@@ -143,6 +145,12 @@ fn flags(permissions: &str) -> u32 {
     one('r', 4) | one('w', 2) | one('x', 1)
 }
 
+/// Private memory of no file: `[heap]`, `[stack]`, or without a name. What is shared may be anybody's.
+fn is_anonymous(region: &Region) -> bool {
+    let path = region.path.as_bytes();
+    region.permissions.ends_with('p') && (path.is_empty() || path.starts_with(b"["))
+}
+
 /// The mappings of `smaps`, and whether anything of them is resident or swapped out.
 fn mappings(pid: u32, smaps: &[u8]) -> Vec<(Region, bool)> {
     let mut found: Vec<(Region, bool)> = Vec::new();
@@ -185,7 +193,12 @@ fn mapping(pid: u32, line: &[u8]) -> Option<Region> {
 
 /// Runs of pages that are in memory or swapped out: bits 63 and 62 of an entry (`Documentation/admin-guide/mm/pagemap.rst`). The short holes
 /// between them go to `absent`.
-fn resident(pagemap: &File, start: u64, end: u64, absent: &mut Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+fn resident(
+    pagemap: &File,
+    (start, end): (u64, u64),
+    join: u64,
+    absent: &mut Vec<(u64, u64)>,
+) -> Vec<(u64, u64)> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
     let mut entries = vec![0; 64 << 10];
     let mut at = start;
@@ -206,7 +219,7 @@ fn resident(pagemap: &File, start: u64, end: u64, absent: &mut Vec<(u64, u64)>) 
             }
             let address = at + page * PAGE;
             match runs.last_mut() {
-                Some((start, size)) if address - (*start + *size) < JOIN * PAGE => {
+                Some((start, size)) if address - (*start + *size) < join * PAGE => {
                     if *start + *size < address {
                         absent.push((*start + *size, address - (*start + *size)));
                     }

@@ -12,7 +12,7 @@ use crate::{
 };
 use jiff::Timestamp;
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     path::Path,
     sync::{
@@ -98,10 +98,10 @@ pub struct Summary {
 const RECENT: usize = 16;
 
 impl Summary {
-    /// Closes the books. `failed` is the first segment that the store did not take: it and those behind it are missing.
-    pub fn close(&mut self, failed: Option<u64>) {
+    /// Closes the books. `not_stored` are the segments that the store did not take: they are missing.
+    pub fn close(&mut self, not_stored: &BTreeSet<u64>) {
         for (number, tallies) in std::mem::take(&mut self.recent) {
-            if failed.is_none_or(|failed| number < failed) {
+            if !not_stored.contains(&number) {
                 self.book(tallies);
             }
         }

@@ -3,7 +3,7 @@
 //! since on a small guest that would push out what is being investigated.
 
 use crate::{
-    Store, describe,
+    PutError, Store, describe,
     sys::{private_file, private_folder},
 };
 use std::{
@@ -66,10 +66,6 @@ impl Directory {
         let base = fs::canonicalize(base).map_err(|e| wrong("cannot be resolved", e))?;
         let capture = base.join(evidence_prefix(writer, id));
         let partial = base.join(".partial");
-        private_folder()
-            .recursive(true)
-            .create(&partial)
-            .map_err(|e| wrong("cannot be written to", e))?;
         if let Some(parent) = capture.parent() {
             private_folder()
                 .recursive(true)
@@ -121,8 +117,10 @@ fn make(path: &Path) -> io::Result<File> {
     for _ in 0..100 {
         match (&result, path.parent()) {
             (Err(error), Some(folder)) if error.kind() == io::ErrorKind::NotFound => {
-                private_folder().recursive(true).create(folder)?;
-                result = private_file().open(path);
+                match private_folder().create(folder) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                    _ => result = private_file().open(path),
+                }
             }
             _ => break,
         }
@@ -135,10 +133,10 @@ impl Store for Directory {
         "directory"
     }
 
-    fn put(&self, key: &Key, bytes: &[u8]) -> io::Result<Receipt> {
+    fn put(&self, key: &Key, bytes: &[u8]) -> Result<Receipt, PutError> {
         let is_segment = matches!(key, Key::Segment { .. });
         if is_segment && self.full.load(Ordering::Relaxed) {
-            return Err(io::Error::from_raw_os_error(NO_SPACE));
+            return Err(io::Error::from_raw_os_error(NO_SPACE).into());
         }
         match self.put_once(key, bytes) {
             Err(error)
@@ -147,12 +145,12 @@ impl Store for Directory {
                 // From here on the room that was kept is for the events and the manifest, which say what is missing.
                 fs::remove_file(&self.reserve)?;
                 if is_segment {
-                    Err(error)
+                    Err(error.into())
                 } else {
-                    self.put_once(key, bytes)
+                    Ok(self.put_once(key, bytes)?)
                 }
             }
-            result => result,
+            result => Ok(result?),
         }
     }
 
@@ -222,7 +220,7 @@ mod tests {
         let id = CaptureId::mint();
         let store = Directory::create(&base.path().join("new"), &Writer::local(), id).unwrap();
         store.put(&key(b"x"), b"x").unwrap();
-        let again = store.put(&key(b"x"), b"y").unwrap_err();
+        let again = store.put(&key(b"x"), b"y").unwrap_err().error;
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
         let file = base
             .path()

@@ -1,7 +1,7 @@
 //! A pipe: the objects as entries of a tar archive, under their full keys, in the order in which they were made. What
 //! `stillframe receive` reads at the other end, and what plain `tar -x` turns into a directory store as well.
 
-use crate::Store;
+use crate::{PutError, Store};
 use std::{
     io::{self, Write},
     sync::Mutex,
@@ -33,13 +33,16 @@ impl<W: Write + Send> Store for Pipe<W> {
     }
 
     /// The receipt says only that the pipe took the object: what has landed is known at the other end.
-    fn put(&self, key: &Key, bytes: &[u8]) -> io::Result<Receipt> {
+    fn put(&self, key: &Key, bytes: &[u8]) -> Result<Receipt, PutError> {
         let mut header = tar::Header::new_ustar();
         header.set_path(format!("{}/{key}", self.prefix))?;
         header.set_size(bytes.len() as u64);
         header.set_mode(0o400);
         header.set_cksum();
-        let mut archive = self.archive.lock().map_err(|_| io::ErrorKind::BrokenPipe)?;
+        let mut archive = self
+            .archive
+            .lock()
+            .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
         archive.append(&header, bytes)?;
         archive.get_mut().flush()?;
         Ok(Receipt::default())

@@ -1,6 +1,6 @@
 //! `capture`: orders a capture and follows it to its verdict. `--local` runs the agent that lies beside this program.
 
-use super::verify;
+use super::{At, verify};
 use crate::{
     stored::Store,
     ui::{Activity, Ui, bytes},
@@ -28,9 +28,8 @@ pub struct Args {
     /// Capture this machine
     #[arg(long, required = true)]
     local: bool,
-    /// The directory to write into
-    #[arg(long)]
-    store: PathBuf,
+    #[command(flatten)]
+    at: At,
     /// The case that the capture belongs to
     #[arg(long, default_value = "unassigned")]
     case: CaseName,
@@ -98,7 +97,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         Some(agent) => agent.clone(),
         None => beside()?,
     };
-    if args.store.as_os_str() == "-" {
+    if args.at.store.as_os_str() == "-" {
         bail!(
             "--store -: a stream is what the agent gives: stillframe-agent capture --store - | stillframe receive --store DIR"
         );
@@ -128,7 +127,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         ])
         .args(["--nonce", &uuid::Uuid::now_v7().simple().to_string()])
         .arg("--store")
-        .arg(&args.store)
+        .arg(&args.at.store)
         .args(args.memory())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -145,7 +144,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         return Ok(2);
     }
     followed?;
-    let stored = Store::open(&args.store)?.find(&id.to_string())?;
+    let stored = Store::open(&args.at)?.find(&id.to_string())?;
     let report = verify::report(&stored, None);
     let closing = report.chain.as_ref().and_then(|c| c.closing());
     let outcomes = report.chain.iter().flat_map(|c| c.outcomes()).collect();
@@ -170,7 +169,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             } else {
                 text.push(verify::summary(&report) + &cost);
             }
-            let store = printable(args.store.as_os_str().as_encoded_bytes());
+            let store = printable(args.at.store.as_os_str().as_encoded_bytes());
             if args.image.is_some() {
                 text.push(format!(
                     "{:<16}  stillframe fetch {id} --store {store} --to DIR",

@@ -17,7 +17,7 @@ pub struct Args {
 
 /// Prints them. 5 when a segment could not be read.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
-    let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
+    let stored = Store::open(&args.which.at)?.find(&args.which.capture)?;
     let (chain, broken) = stored.chain()?;
     let known: Vec<String> = chain
         .opening()

@@ -101,7 +101,7 @@ const NOTES: usize = 8 << 10;
 /// Writes it.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let began = Instant::now();
-    let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
+    let stored = Store::open(&args.which.at)?.find(&args.which.capture)?;
     let (chain, broken) = stored.chain()?;
     let mut artifacts: BTreeMap<String, Vec<SegmentEntry>> = BTreeMap::new();
     for entry in chain.segments() {
@@ -133,6 +133,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             private_folder(parent)?;
         }
         activity.now(name);
+        let (entries, gap) = without_gap(entries);
+        done.damaged.extend(gap);
         let written = Written::new(&path, Layout::Core, entries)?.all(&stored, entries)?;
         done.damaged.extend(written.damaged);
         into.push(path);
@@ -158,6 +160,21 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     };
     ui.print(&done, || text(&done, began));
     Ok(code)
+}
+
+/// What stands behind a segment that was never stored has no place of its own in such a file; only an image's segments do.
+fn without_gap(entries: &[SegmentEntry]) -> (&[SegmentEntry], Option<String>) {
+    let whole = (1u64..)
+        .zip(entries)
+        .take_while(|(number, entry)| entry.number == *number)
+        .count();
+    let behind = entries.get(whole).map(|entry| {
+        format!(
+            "{}: what comes before segment {} was not stored; the file ends there",
+            entry.artifact, entry.number
+        )
+    });
+    (entries.get(..whole).unwrap_or_default(), behind)
 }
 
 fn image(

@@ -1,24 +1,23 @@
 //! `list`: the captures of a store, oldest first.
 
+use super::At;
 use crate::{
     stored::{Store, Summary},
     ui::Ui,
 };
 use anyhow::Result;
 use clap::Args as ClapArgs;
-use std::path::PathBuf;
 
 /// Its arguments.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// The store: a directory
-    #[arg(long)]
-    store: PathBuf,
+    #[command(flatten)]
+    at: At,
 }
 
 /// Lists them.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
-    let captures: Vec<Summary> = Store::open(&args.store)?
+    let captures: Vec<Summary> = Store::open(&args.at)?
         .captures()?
         .iter()
         .map(|s| s.summary())

@@ -1,7 +1,7 @@
 //! `receive`: the other end of `stillframe-agent capture --store -`, over SSH or any pipe. Every object is checked against its
 //! own name before it lands, and lands whole or not at all: a stream that breaks leaves a valid beginning.
 
-use super::verify;
+use super::{At, AwsArgs, verify};
 use crate::{stored::Store, ui::Ui};
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args as ClapArgs;
@@ -46,7 +46,11 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             format!("the stream ended early: {error:#}").as_bytes(),
         ));
     }
-    let store = Store::open(&args.store)?;
+    let at = At {
+        store: args.store.clone(),
+        aws: AwsArgs::default(),
+    };
+    let store = Store::open(&at)?;
     let mut code = 0;
     for (_, id) in open.keys() {
         let report = verify::report(&store.find(&id.to_string())?, None);

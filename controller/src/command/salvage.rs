@@ -21,7 +21,7 @@ pub struct Args {
 
 /// Salvages.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
-    let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
+    let stored = Store::open(&args.which.at)?.find(&args.which.capture)?;
     let report = verify::report(&stored, None);
     // A capture that was still under way when it was salvaged has grown, and gets a new record; one that has shrunk since is
     // what the old record is there to show.
@@ -31,14 +31,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         Some(fresh.verdict == Verdict::Incomplete && Salvage::of(&fresh)?.continues(&old))
     };
     if report.verdict == Verdict::Incomplete || grown() == Some(true) {
-        let Some(salvage) = Salvage::of(&fresh) else {
-            return Err(NoEvent(stored.id).into());
-        };
         if fresh.verdict == Verdict::Incomplete
-            && fresh
-                .unproven
-                .iter()
-                .any(|f| f.why.starts_with("could not be read"))
+            && fresh.unproven.iter().any(|f| f.why.starts_with("could not be "))
         {
             ui.print(&fresh, || verify::text(&fresh));
             bail!(
@@ -46,6 +40,9 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
                 stored.id
             );
         }
+        let Some(salvage) = Salvage::of(&fresh) else {
+            return Err(NoEvent(stored.id).into());
+        };
         stored.keep_salvage(&salvage.object()?)?;
     }
     let report = verify::report(&stored, None);

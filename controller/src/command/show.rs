@@ -74,7 +74,7 @@ struct SocketLine {
 
 /// Shows it. 5 when something of it could not be read.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
-    let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
+    let stored = Store::open(&args.which.at)?.find(&args.which.capture)?;
     let (chain, broken) = stored.chain()?;
     let view = view(&stored, &chain, broken)?;
     ui.print(&view, || text(&view));

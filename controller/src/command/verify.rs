@@ -24,9 +24,14 @@ pub struct Args {
 
 /// Verifies.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
-    let stored = Store::open(&args.which.store)?.find(&args.which.capture)?;
+    let stored = Store::open(&args.which.at)?.find(&args.which.capture)?;
     let report = report(&stored, args.expect_key);
     ui.print(&report, || text(&report));
+    match stored.keep_witness() {
+        Ok(Some(key)) => ui.say(&format!("{:<16}  {key}", "witness")),
+        Ok(None) => (),
+        Err(error) => ui.warn(&format!("what the store states was not written down: {error:#}")),
+    }
     Ok(report.verdict.exit_code())
 }
 

@@ -26,15 +26,24 @@ pub fn compare(kernel: &Kernel, files: &Files) -> Comparison {
     let theirs = kallsyms::parse(files.kallsyms);
     let names_only = !theirs.is_empty() && theirs.iter().all(|s| s.address == 0);
     found.extend(symbols(&kernel.symbols, &theirs, names_only));
-    if let (Some(bytes), Some(ours)) = (files.vmcoreinfo, &kernel.vmcoreinfo)
-        && Vmcoreinfo::parse(bytes).as_ref() != Some(ours)
-    {
-        found.push("VMCOREINFO is another".to_owned());
+    // What the agent could not read says nothing; what it read and the image lacks does.
+    match (files.vmcoreinfo, &kernel.vmcoreinfo) {
+        (Some(bytes), Some(ours)) if Vmcoreinfo::parse(bytes).as_ref() != Some(ours) => {
+            found.push("VMCOREINFO is another".to_owned());
+        }
+        (Some(_), None) => {
+            found.push("VMCOREINFO, which the running kernel had, is not in the image".to_owned())
+        }
+        _ => (),
     }
-    if let (Some(theirs), Some(ours)) = (files.btf, &kernel.btf)
-        && theirs != ours
-    {
-        found.push("the types (BTF) of the running kernel are others than those in the image".to_owned());
+    match (files.btf, &kernel.btf) {
+        (Some(theirs), Some(ours)) if theirs != ours => {
+            found.push("the types (BTF) of the running kernel are others than those in the image".to_owned());
+        }
+        (Some(_), None) => {
+            found.push("types (BTF), which the running kernel had, are not in the image".to_owned())
+        }
+        _ => (),
     }
     Comparison {
         differences: found,

@@ -35,7 +35,7 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         // The idle process and the kernel have none of these; the others have them, and give them to whoever may know.
         let mut missing = |field: &str, there: bool| {
             if !there && !matches!(pid, 0 | 4) {
-                let why = io::Error::from(io::ErrorKind::PermissionDenied);
+                let why = io::Error::other("not given: the process has none, or this user may not read it");
                 let _: Option<()> = errors.keep(field, format!("process {pid}"), Err(why));
             }
         };

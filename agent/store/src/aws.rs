@@ -1,0 +1,209 @@
+//! How both programs reach AWS: through the SDK, by its usual variables and by flags that say the same, with TLS roots of our own and
+//! without any file of the machine that it runs on. It knows no bucket and no command.
+
+use aws_config::{
+    BehaviorVersion, SdkConfig,
+    environment::EnvironmentVariableCredentialsProvider,
+    identity::IdentityCache,
+    imds::{credentials::ImdsCredentialsProvider, region::ImdsRegionProvider},
+    meta::credentials::CredentialsProviderChain,
+    provider_config::ProviderConfig,
+    retry::RetryConfig,
+    timeout::TimeoutConfig,
+};
+use aws_credential_types::provider::SharedCredentialsProvider;
+use aws_smithy_async::{
+    rt::sleep::{SharedAsyncSleep, TokioSleep},
+    time::{SharedTimeSource, SystemTimeSource},
+};
+use aws_smithy_http_client::{
+    Builder,
+    tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
+};
+use aws_types::region::Region;
+use base64::Engine as _;
+use std::{path::PathBuf, time::Duration};
+
+/// How AWS is reached, where it is not as the SDK's variables say (`AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_USE_FIPS_ENDPOINT`,
+/// `AWS_USE_DUALSTACK_ENDPOINT`, `AWS_CA_BUNDLE`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// The region; else `AWS_REGION`, else what the instance's metadata service says.
+    pub region: Option<String>,
+    /// Where requests go instead of AWS.
+    pub endpoint: Option<String>,
+    /// FIPS endpoints.
+    pub fips: bool,
+    /// Endpoints that answer over IPv6 too.
+    pub dual_stack: bool,
+    /// A file of PEM certificates that are trusted instead of the roots built in; else `AWS_CA_BUNDLE`.
+    pub ca_bundle: Option<PathBuf>,
+}
+
+/// The instance metadata service, and the SDKs' variable that says otherwise.
+const LINK_LOCAL: &str = "http://169.254.169.254";
+const METADATA: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+/// A connection that is not there after so long will not come.
+const CONNECT: Duration = Duration::from_secs(10);
+/// Longer than any one request takes that is still worth waiting for.
+const ATTEMPT: Duration = Duration::from_secs(120);
+
+/// The configuration of every client. `attempts` is how often the SDK itself tries; without `credentials` they are those of the SDK's variables, else
+/// of the instance's role (IMDSv2). No file is read: the files of a suspect's user would say where evidence goes, and as whom.
+pub async fn config(
+    reach: &Reach,
+    attempts: u32,
+    credentials: Option<SharedCredentialsProvider>,
+) -> Result<SdkConfig, String> {
+    let http = client(reach)?;
+    let sleep = SharedAsyncSleep::new(TokioSleep::new());
+    let surroundings = ProviderConfig::empty()
+        .with_http_client(http.clone())
+        .with_sleep_impl(sleep.clone());
+    let endpoint = variable(METADATA).unwrap_or_else(|| LINK_LOCAL.to_owned());
+    // Said outright: else the library would look for it in the files of the user.
+    let metadata = aws_config::imds::Client::builder()
+        .configure(&surroundings)
+        .endpoint(endpoint)
+        .map_err(|error| format!("{METADATA}: {error}"))?
+        .build();
+    let region = match reach
+        .region
+        .clone()
+        .or_else(|| variable("AWS_REGION"))
+        .or_else(|| variable("AWS_DEFAULT_REGION"))
+    {
+        Some(region) => Some(Region::new(region)),
+        None => {
+            ImdsRegionProvider::builder()
+                .imds_client(metadata.clone())
+                .build()
+                .region()
+                .await
+        }
+    };
+    let region = region.ok_or("no region: give --region or AWS_REGION (no metadata service says it)")?;
+    let credentials = credentials.unwrap_or_else(|| {
+        let role = ImdsCredentialsProvider::builder()
+            .configure(&surroundings)
+            .imds_client(metadata)
+            .build();
+        let chain =
+            CredentialsProviderChain::first_try("Environment", EnvironmentVariableCredentialsProvider::new())
+                .or_else("Ec2InstanceMetadata", role);
+        SharedCredentialsProvider::new(chain)
+    });
+    let is_set = |name: &str| variable(name).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let cache = IdentityCache::lazy().build();
+    let mut config = SdkConfig::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(region)
+        .http_client(http)
+        .sleep_impl(sleep)
+        .time_source(SharedTimeSource::new(SystemTimeSource::new()))
+        .credentials_provider(credentials)
+        .identity_cache(cache)
+        .retry_config(RetryConfig::standard().with_max_attempts(attempts.max(1)))
+        .timeout_config(
+            TimeoutConfig::builder()
+                .connect_timeout(CONNECT)
+                .operation_attempt_timeout(ATTEMPT)
+                .build(),
+        )
+        .use_fips(reach.fips || is_set("AWS_USE_FIPS_ENDPOINT"))
+        .use_dual_stack(reach.dual_stack || is_set("AWS_USE_DUALSTACK_ENDPOINT"));
+    if let Some(endpoint) = reach.endpoint.clone().or_else(|| variable("AWS_ENDPOINT_URL")) {
+        config = config.endpoint_url(endpoint);
+    }
+    Ok(config.build())
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Speaks HTTP; trusts the roots built in, or those of the bundle and no others.
+pub fn client(reach: &Reach) -> Result<aws_smithy_runtime_api::client::http::SharedHttpClient, String> {
+    let bundle = reach
+        .ca_bundle
+        .clone()
+        .or_else(|| std::env::var_os("AWS_CA_BUNDLE").map(PathBuf::from));
+    let mut trust = TrustStore::empty();
+    match bundle {
+        Some(path) => {
+            let pem = std::fs::read_to_string(&path)
+                .map_err(|error| format!("the CA bundle {}: {error}", path.display()))?;
+            let certificates: Vec<&str> = certificates(&pem).collect();
+            if certificates.is_empty() {
+                return Err(format!("the CA bundle {}: no certificate in it", path.display()));
+            }
+            for certificate in certificates {
+                trust.add_pem_certificate(certificate);
+            }
+        }
+        None => {
+            for root in webpki_root_certs::TLS_SERVER_ROOT_CERTS {
+                trust.add_pem_certificate(pem(root));
+            }
+        }
+    }
+    let tls = TlsContext::builder()
+        .with_trust_store(trust)
+        .build()
+        .map_err(|error| format!("TLS: {error}"))?;
+    Ok(Builder::new()
+        .tls_provider(Provider::Rustls(CryptoMode::Ring))
+        .tls_context(tls)
+        .build_https())
+}
+
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+const END: &str = "-----END CERTIFICATE-----";
+
+/// Each certificate of a bundle, with its markers.
+fn certificates(bundle: &str) -> impl Iterator<Item = &str> {
+    bundle.match_indices(BEGIN).filter_map(|(start, _)| {
+        let rest = bundle.get(start..)?;
+        rest.get(..rest.find(END)? + END.len())
+    })
+}
+
+fn pem(der: &[u8]) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let lines: Vec<&str> = text
+        .as_bytes()
+        .chunks(64)
+        .filter_map(|line| std::str::from_utf8(line).ok())
+        .collect();
+    format!("{BEGIN}\n{}\n{END}\n", lines.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bundle_is_taken_apart_and_its_prose_left_out() {
+        let one = pem(b"one");
+        let bundle = format!("# Root A\n{one}\nRoot B\n{}tail", pem(&[7; 100]));
+        let found: Vec<&str> = certificates(&bundle).collect();
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[0], one.trim_end());
+        assert_eq!(certificates("nothing").count(), 0);
+        assert_eq!(certificates(BEGIN).count(), 0);
+    }
+
+    #[test]
+    fn an_unreadable_bundle_is_named() {
+        let reach = Reach {
+            ca_bundle: Some("/nowhere/bundle.pem".into()),
+            ..Reach::default()
+        };
+        assert!(client(&reach).err().unwrap().contains("/nowhere/bundle.pem"));
+    }
+
+    #[test]
+    fn the_roots_built_in_are_taken() {
+        assert!(client(&Reach::default()).is_ok());
+    }
+}
