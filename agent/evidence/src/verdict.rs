@@ -533,9 +533,11 @@ impl Audit<'_> {
         match Salvage::of(&self.report) {
             Some(derived) if derived == salvage => Ok(()),
             // The capture was still under way when it was salvaged.
-            Some(derived) if derived.continues(&salvage) => Err(Unfit::NoRecord(
-                "is of an earlier moment of this capture, which has grown; salvage anew".to_owned(),
-            )),
+            Some(derived) if derived.events.len() > salvage.events.len() && derived.continues(&salvage) => {
+                Err(Unfit::NoRecord(
+                    "is of an earlier moment of this capture, which has grown; salvage anew".to_owned(),
+                ))
+            }
             Some(_) => Err(Unfit::Contradicted(
                 "is not what follows from the chain and the objects that are here".to_owned(),
             )),
