@@ -17,9 +17,10 @@ use std::{
 };
 use stillframe_evidence::{
     SCHEMA,
-    chain::{Event, Order, What},
+    chain::{Chain, Event, Order, What},
     layout::{CaptureId, CaseName, Writer},
     root::Hash,
+    signature::PublicKey,
     text::{Text, json_line, printable},
 };
 use stillframe_store::{aws::Reach, s3};
@@ -36,6 +37,12 @@ struct Cli {
 enum Verb {
     /// Capture this host
     Capture(Box<CaptureArgs>),
+    /// Have a capture that runs on this host end in good order, with what it has
+    Stop {
+        /// Its id
+        #[arg(long)]
+        id: CaptureId,
+    },
     /// List what can be collected here
     Kinds {
         /// How to print
@@ -172,6 +179,8 @@ enum Output {
     #[default]
     Text,
     Json,
+    /// One line at the end, for whoever ordered it from afar; what was captured in part exits with 0 as well
+    Result,
 }
 
 fn profile(name: &str) -> Result<Profile, String> {
@@ -188,6 +197,7 @@ fn cpus() -> u8 {
 pub fn run() -> ExitCode {
     match Cli::parse().verb {
         Verb::Capture(args) => run_capture(*args),
+        Verb::Stop { id } => stop(id),
         Verb::Kinds { output } => {
             for c in COLLECTORS {
                 line(
@@ -234,6 +244,7 @@ fn line<T: serde::Serialize>(out: &mut dyn Write, output: Output, value: &T, tex
     let line = match output {
         Output::Text => text(),
         Output::Json => json_line(value).unwrap_or_default(),
+        Output::Result => return,
     };
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
@@ -359,6 +370,9 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
     let result = capture::run(&request, store.as_ref(), &cancel, |event: &Event| {
         line(&mut out, args.output, event, || describe(event));
     });
+    if args.output == Output::Result {
+        return tell_result(id, &result);
+    }
     match result {
         Ok(chain)
             if chain.closing().is_some_and(|c| c.stopped.is_none())
@@ -372,6 +386,69 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
             eprintln!(
                 "stillframe-agent: capture {id} has no manifest: {why}; `stillframe salvage` reads what was stored"
             );
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What the one line says, behind [`RESULT`].
+#[derive(serde::Serialize)]
+struct Told {
+    capture: CaptureId,
+    /// `complete`, `partial`, `stopped`; or `failed`, when there is no manifest.
+    outcome: &'static str,
+    /// The key of the chain, to verify with.
+    key: Option<PublicKey>,
+    events: usize,
+    why: Option<String>,
+}
+
+/// What the one line begins with.
+const RESULT: &str = "stillframe-result";
+
+fn tell_result(id: CaptureId, result: &Result<Chain, capture::Failure>) -> ExitCode {
+    let told = match result {
+        Ok(chain) => {
+            let stopped = chain.closing().and_then(|c| c.stopped.clone());
+            Told {
+                capture: id,
+                outcome: match (&stopped, chain.outcomes().all(|o| o.is_good())) {
+                    (Some(_), _) => "stopped",
+                    (None, true) => "complete",
+                    (None, false) => "partial",
+                },
+                key: Some(chain.key()),
+                events: chain.events().len(),
+                why: stopped,
+            }
+        }
+        Err(failure) => Told {
+            capture: id,
+            outcome: "failed",
+            key: None,
+            events: 0,
+            why: Some(failure.to_string()),
+        },
+    };
+    println!("{RESULT} {}", json_line(&told).unwrap_or_default());
+    match result {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn stop(id: CaptureId) -> ExitCode {
+    match crate::sys::stop(&id.to_string()) {
+        Ok(0) => {
+            eprintln!("stillframe-agent: no capture {id} runs on this host");
+            ExitCode::from(3)
+        }
+        Ok(_) => {
+            println!("stillframe-stop {id}");
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            eprintln!("stillframe-agent: capture {id} could not be stopped: {why}");
             ExitCode::FAILURE
         }
     }

@@ -1,7 +1,7 @@
 //! The platform: everything with `cfg(target_os)` or `unsafe`, and one file for each kind that it can collect. The rest of
 //! the agent is the same everywhere.
 //!
-//! A platform provides [`COLLECTORS`], [`Look`], `is_root`, `identity`, `clock`, `usage`, `own_program`, `die_with_parent`, `own_descriptors`,
+//! A platform provides [`COLLECTORS`], [`Look`], `is_root`, `identity`, `clock`, `usage`, `own_program`, `stop`, `die_with_parent`, `own_descriptors`,
 //! `widen_pipe` and `exit_reason`; for memory, `Vault`, `KeyPages`, `LockedBuffer`, `read_at`, `open_regular`,//! `is_own_disk`, `total_memory`, and of kernel modules `load_module`, `remove_module`, `stand_alone`, `interrupt`, `this_thread`.
 
 pub mod sha256;

@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::{
-    command::{capture, cat, fetch, list, receive, salvage, show, symbols, verify},
+    command::{capture, cat, fetch, list, receive, salvage, show, stop, symbols, verify, watch},
     stored::NoEvent,
     ui::{Output, Ui},
 };
@@ -23,6 +23,14 @@ struct Cli {
 enum Verb {
     /// Capture a host
     Capture(capture::Args),
+    /// Watch an order until every host is done
+    Watch(watch::Args),
+    /// How far each host of an order is
+    Status(watch::Args),
+    /// Have a capture end in good order, with what it has
+    Stop(stop::Args),
+    /// Have a capture killed where it runs
+    Cancel(stop::Args),
     /// Write the stream of `stillframe-agent capture --store -` into a store
     Receive(receive::Args),
     /// List the captures of a store
@@ -48,6 +56,10 @@ pub fn run() -> ExitCode {
     let ui = Ui::new(cli.output);
     let result = match cli.verb {
         Verb::Capture(args) => capture::run(&args, &ui),
+        Verb::Watch(args) => watch::watch(&args, &ui),
+        Verb::Status(args) => watch::status(&args, &ui),
+        Verb::Stop(args) => stop::stop(&args, &ui),
+        Verb::Cancel(args) => stop::cancel(&args, &ui),
         Verb::Receive(args) => receive::run(&args, &ui),
         Verb::List(args) => list::run(&args, &ui),
         Verb::Show(args) => show::run(&args, &ui),

@@ -4,11 +4,14 @@ pub mod capture;
 pub mod cat;
 pub mod fetch;
 pub mod list;
+pub mod order;
 pub mod receive;
 pub mod salvage;
 pub mod show;
+pub mod stop;
 pub mod symbols;
 pub mod verify;
+pub mod watch;
 
 use clap::Args;
 use std::path::PathBuf;

@@ -4,6 +4,7 @@
 //! that `stillframe_evidence` decides, and prints through [`ui`], the only place that knows terminals. What it prints
 //! as JSON and as text comes from the same values. Everything it reads is hostile: a store may hold anything.
 
+pub mod aws;
 pub mod cli;
 pub mod command;
 pub mod stored;

@@ -77,6 +77,13 @@ pub struct Summary {
     pub state: State,
 }
 
+/// Bytes of an order at most.
+const MAX_ORDER: u64 = 1 << 20;
+
+fn order_key(case: &CaseName, capture: CaptureId) -> String {
+    format!("{}/order.json", case_prefix(case, capture))
+}
+
 /// Where objects are, and what it knows of them.
 trait Place: Send + Sync {
     /// As a person names it.
@@ -135,6 +142,70 @@ impl Store {
             (begun.is_none(), begun, s.id, s.writer.clone())
         });
         Ok(found)
+    }
+
+    /// The capture of one host of an order, once it has begun: whose writer the store names by that instance.
+    pub fn of_host(&self, capture: CaptureId, instance: &str) -> Result<Option<Stored>> {
+        for writer in self.place.folders("evidence")? {
+            let Ok(writer) = writer.parse::<Writer>() else {
+                continue;
+            };
+            let is_its = writer
+                .as_str()
+                .rsplit_once(':')
+                .is_some_and(|(_, name)| name == instance);
+            let stored = Stored {
+                id: capture,
+                writer,
+                place: self.place.clone(),
+            };
+            if is_its
+                && !self
+                    .place
+                    .list(&format!("{}/progress", stored.prefix()))
+                    .map_err(|why| anyhow!(why))?
+                    .is_empty()
+            {
+                return Ok(Some(stored));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The order that `name` means, as it was written down.
+    pub fn order(&self, name: &str) -> Result<Vec<u8>> {
+        let mut found = Vec::new();
+        for case in self.place.folders("cases")? {
+            let Ok(case) = case.parse::<CaseName>() else {
+                continue;
+            };
+            for id in self.place.folders(&format!("cases/{case}"))? {
+                let Ok(id) = id.parse::<CaptureId>() else { continue };
+                if name == "latest" || (!name.is_empty() && id.to_string().starts_with(name)) {
+                    found.push((id.minted(), id, case.clone()));
+                }
+            }
+        }
+        found.sort();
+        if name == "latest" {
+            // Cases hold salvage records of captures that nobody ordered from here, too.
+            found.retain(|(_, id, case)| self.place.get(&order_key(case, *id), MAX_ORDER).is_ok());
+        }
+        match (found.pop(), found.len()) {
+            (None, _) => bail!("no order {name} in {}", self.place.name()),
+            (Some(_), more) if more > 0 && name != "latest" => {
+                bail!("{name} is the beginning of {} orders; give more of it", more + 1)
+            }
+            (Some((_, id, case)), _) => self
+                .place
+                .get(&order_key(&case, id), MAX_ORDER)
+                .map_err(|why| anyhow!("the order {id}: {why}")),
+        }
+    }
+
+    /// Writes an order down.
+    pub fn keep_order(&self, case: &CaseName, capture: CaptureId, order: &[u8]) -> Result<()> {
+        self.place.keep(&order_key(case, capture), order)
     }
 
     /// The capture that `name` means: an id, a unique beginning of one, or `latest`.

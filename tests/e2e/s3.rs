@@ -5,167 +5,27 @@ use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::Stdio,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 use stillframe_evidence::layout::CaptureId;
 use stillframe_tests::{
+    captured::{self, MARKERS},
     cloud::{
+        BUCKET, Cloud, OPEN, WRITER, checksum,
         faults::{ALL, Fault},
-        gate::Gate,
-        http::Server,
-        metadata,
+        policy,
     },
-    fill, programs,
+    fill,
+    guest::{Guest, JOIN_NETWORK, Machine},
+    programs, volatility,
 };
-
-const BUCKET: &str = "evidence-bucket";
-const OPEN: &str = "open-bucket";
-const WRITER: &str = "AROALABinstances:i-0lab";
 
 /// One gate for all tests that leave its faults alone; a test that makes faults has its own.
 fn cloud() -> &'static Cloud {
     static CLOUD: OnceLock<Cloud> = OnceLock::new();
-    CLOUD.get_or_init(Cloud::start)
-}
-
-struct Cloud {
-    gate: Gate,
-    metadata: Server,
-    /// Environment of whoever runs the controller.
-    responder: Vec<(String, String)>,
-}
-
-fn policy(name: &str) -> Value {
-    let path = programs::workspace().join("ssm-documents/policies").join(name);
-    let text = fs::read_to_string(path).unwrap();
-    serde_json::from_str(&text.replace("EVIDENCE_BUCKET", BUCKET)).unwrap()
-}
-
-impl Cloud {
-    fn start() -> Self {
-        let gate = Gate::start().unwrap();
-        gate.bucket(BUCKET, true, Some(policy("evidence-bucket.json")))
-            .unwrap();
-        gate.bucket(OPEN, false, None).unwrap();
-        let role = vec![policy("instance-role.json")];
-        let metadata = metadata::start(gate.principals.clone(), "i-0lab", "instances", role).unwrap();
-        let (key, principal) = gate.principals.add(
-            "AIDALABRESPONDER",
-            "arn:aws:iam::123456789012:user/responder",
-            vec![policy("responder.json")],
-            None,
-            None,
-        );
-        let responder = vec![
-            ("AWS_ACCESS_KEY_ID".to_owned(), key),
-            ("AWS_SECRET_ACCESS_KEY".to_owned(), principal.secret),
-        ];
-        Cloud {
-            gate,
-            metadata,
-            responder,
-        }
-    }
-
-    /// The agent on an instance with the role.
-    fn agent(&self, id: CaptureId) -> Command {
-        let mut agent = Command::new(programs::agent().unwrap());
-        agent
-            .args([
-                "capture",
-                "--store",
-                &format!("s3://{BUCKET}"),
-                "--id",
-                &id.to_string(),
-                "--output",
-                "json",
-            ])
-            .env("AWS_EC2_METADATA_SERVICE_ENDPOINT", self.metadata.url())
-            .env("AWS_ENDPOINT_URL", self.gate.url())
-            .env_remove("AWS_ACCESS_KEY_ID");
-        agent
-    }
-
-    fn controller(&self, arguments: &[&str]) -> Output {
-        Command::new(programs::controller().unwrap())
-            .args(arguments)
-            .args(["--store", &format!("s3://{BUCKET}")])
-            .envs(self.responder.iter().cloned())
-            .env("AWS_ENDPOINT_URL", self.gate.url())
-            .env("AWS_REGION", "us-east-1")
-            .output()
-            .unwrap()
-    }
-
-    fn verify(&self, id: CaptureId) -> (String, i32, Value) {
-        let output = self.controller(&["verify", &id.to_string(), "--output", "json"]);
-        let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
-        (
-            report["verdict"].as_str().unwrap().to_owned(),
-            output.status.code().unwrap(),
-            report,
-        )
-    }
-
-    /// The AWS command line's own requests, signed with these credentials: curl signs them.
-    fn ask(
-        &self,
-        (key, secret, token): (&str, &str, Option<&str>),
-        method: &str,
-        path: &str,
-        headers: &[&str],
-        body: &str,
-    ) -> (u16, String) {
-        let mut curl = Command::new("curl");
-        curl.args([
-            "-s",
-            "-X",
-            method,
-            "-w",
-            "\n%{http_code}",
-            "--aws-sigv4",
-            "aws:amz:us-east-1:s3",
-            "--user",
-            &format!("{key}:{secret}"),
-        ]);
-        if let Some(token) = token {
-            curl.args(["-H", &format!("x-amz-security-token: {token}")]);
-        }
-        let sum = sha256(body.as_bytes());
-        curl.args(["-H", &format!("x-amz-content-sha256: {}", hex::encode(sum))]);
-        if method == "PUT" {
-            curl.args([
-                "-H",
-                "content-type: application/octet-stream",
-                "--data-binary",
-                body,
-            ]);
-        }
-        for header in headers {
-            curl.args(["-H", header]);
-        }
-        let output = curl.arg(format!("{}/{path}", self.gate.url())).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (body, status) = text.rsplit_once('\n').unwrap_or_else(|| panic!("{output:?}"));
-        (
-            status.parse().unwrap_or_else(|_| panic!("{output:?}")),
-            body.to_owned(),
-        )
-    }
-}
-
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    <sha2::Sha256 as sha2::Digest>::digest(bytes).into()
-}
-
-fn checksum(body: &str) -> String {
-    use base64::Engine as _;
-    format!(
-        "x-amz-checksum-sha256: {}",
-        base64::engine::general_purpose::STANDARD.encode(sha256(body.as_bytes()))
-    )
+    CLOUD.get_or_init(|| Cloud::start().unwrap())
 }
 
 fn text(path: &Path) -> &str {
@@ -184,9 +44,9 @@ fn image(folder: &Path, mib: u64) -> PathBuf {
 fn a_capture_by_the_instance_s_role_is_verified_by_what_the_store_states() {
     let cloud = cloud();
     let id = CaptureId::mint();
-    let output = cloud.agent(id).args(["--case", "s3"]).output().unwrap();
+    let output = cloud.agent(id).unwrap().args(["--case", "s3"]).output().unwrap();
     assert!(matches!(output.status.code(), Some(0 | 5)), "{output:?}");
-    let (verdict, code, report) = cloud.verify(id);
+    let (verdict, code, report) = cloud.verify(&id.to_string(), &[]).unwrap();
     assert_eq!((verdict.as_str(), code), ("verified", 0), "{report}");
     assert!(
         report["because"].as_str().unwrap().contains("locked until"),
@@ -208,7 +68,7 @@ fn a_capture_by_the_instance_s_role_is_verified_by_what_the_store_states() {
     }
     // It lies under the name that the store vouches for, and the witness in the case's folder.
     let listed: Value =
-        serde_json::from_slice(&cloud.controller(&["list", "--output", "json"]).stdout).unwrap();
+        serde_json::from_slice(&cloud.controller(&["list", "--output", "json"]).unwrap().stdout).unwrap();
     assert!(
         listed
             .as_array()
@@ -225,19 +85,21 @@ fn a_capture_by_the_instance_s_role_is_verified_by_what_the_store_states() {
         None,
     );
     let admin = (&admin.0[..], &admin.1.secret[..], None);
-    let (status, witness) = cloud.ask(
-        admin,
-        "GET",
-        &format!("{BUCKET}?list-type=2&prefix=cases%2Fs3%2F{id}%2Fwitness-"),
-        &[],
-        "",
-    );
+    let (status, witness) = cloud
+        .ask(
+            admin,
+            "GET",
+            &format!("{BUCKET}?list-type=2&prefix=cases%2Fs3%2F{id}%2Fwitness-"),
+            &[],
+            "",
+        )
+        .unwrap();
     assert_eq!(status, 200, "{witness}");
     assert!(
         witness.contains("<KeyCount>1</KeyCount>") || witness.contains("witness-"),
         "{witness}"
     );
-    let shown = cloud.controller(&["show", &id.to_string()]);
+    let shown = cloud.controller(&["show", &id.to_string()]).unwrap();
     assert!(
         String::from_utf8_lossy(&shown.stdout).contains("case s3"),
         "{shown:?}"
@@ -256,23 +118,26 @@ fn memory_goes_in_parallel_and_comes_back_whole() {
     let id = CaptureId::mint();
     let output = cloud
         .agent(id)
+        .unwrap()
         .args(["--profile", "memory", "--image", text(&image)])
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert_eq!(cloud.verify(id).0, "verified");
+    assert_eq!(cloud.verify(&id.to_string(), &[]).unwrap().0, "verified");
     let to = folder.path().join("fetched");
-    let fetched = cloud.controller(&[
-        "fetch",
-        &id.to_string(),
-        "--no-symbols",
-        "--format",
-        "raw",
-        "--to",
-        text(&to),
-        "--output",
-        "json",
-    ]);
+    let fetched = cloud
+        .controller(&[
+            "fetch",
+            &id.to_string(),
+            "--no-symbols",
+            "--format",
+            "raw",
+            "--to",
+            text(&to),
+            "--output",
+            "json",
+        ])
+        .unwrap();
     assert_eq!(fetched.status.code(), Some(0), "{fetched:?}");
     assert!(
         fs::read(to.join("image.raw")).unwrap() == fs::read(&image).unwrap(),
@@ -286,13 +151,13 @@ fn the_agent_s_credentials_can_write_their_own_evidence_once_and_nothing_else() 
     let cloud = cloud();
     let id = CaptureId::mint();
     assert!(matches!(
-        cloud.agent(id).output().unwrap().status.code(),
+        cloud.agent(id).unwrap().output().unwrap().status.code(),
         Some(0 | 5)
     ));
     let role = cloud.gate.principals.add(
         WRITER,
         "arn:aws:iam::123456789012:role/instances",
-        vec![policy("instance-role.json")],
+        vec![policy("instance-role.json").unwrap()],
         None,
         Some(600),
     );
@@ -317,38 +182,68 @@ fn the_agent_s_credentials_can_write_their_own_evidence_once_and_nothing_else() 
         assert!(body.contains(why), "{why}: {body}");
     };
     // Reading, listing.
-    refused(cloud.ask(role, "GET", &manifest, &[], ""), "no policy allows it");
-    assert_eq!(cloud.ask(admin, "GET", &manifest, &[], "").0, 200);
     refused(
-        cloud.ask(role, "GET", &format!("{BUCKET}?list-type=2"), &[], ""),
+        cloud.ask(role, "GET", &manifest, &[], "").unwrap(),
+        "no policy allows it",
+    );
+    assert_eq!(cloud.ask(admin, "GET", &manifest, &[], "").unwrap().0, 200);
+    refused(
+        cloud
+            .ask(role, "GET", &format!("{BUCKET}?list-type=2"), &[], "")
+            .unwrap(),
         "no policy allows it",
     );
     assert_eq!(
         cloud
             .ask(admin, "GET", &format!("{BUCKET}?list-type=2"), &[], "")
+            .unwrap()
             .0,
         200
     );
     // Deleting: nobody may, not even who may do everything; in a bucket without the policy it works.
     refused(
-        cloud.ask(role, "DELETE", &manifest, &[], ""),
+        cloud.ask(role, "DELETE", &manifest, &[], "").unwrap(),
         "NothingIsDeletedOrUnlocked",
     );
     refused(
-        cloud.ask(admin, "DELETE", &manifest, &[], ""),
+        cloud.ask(admin, "DELETE", &manifest, &[], "").unwrap(),
         "NothingIsDeletedOrUnlocked",
     );
-    assert_eq!(cloud.ask(admin, "PUT", &format!("{OPEN}/x"), &[&sum], "x").0, 200);
-    assert_eq!(cloud.ask(admin, "DELETE", &format!("{OPEN}/x"), &[], "").0, 204);
+    assert_eq!(
+        cloud
+            .ask(admin, "PUT", &format!("{OPEN}/x"), &[&sum], "x")
+            .unwrap()
+            .0,
+        200
+    );
+    assert_eq!(
+        cloud
+            .ask(admin, "DELETE", &format!("{OPEN}/x"), &[], "")
+            .unwrap()
+            .0,
+        204
+    );
     // Writing twice: without the condition the policy refuses, with it the store.
     refused(
-        cloud.ask(role, "PUT", &manifest, &[&sum], "x"),
+        cloud.ask(role, "PUT", &manifest, &[&sum], "x").unwrap(),
         "EvidenceIsWrittenOnce",
     );
-    assert_eq!(cloud.ask(role, "PUT", &manifest, &[&sum, once], "x").0, 412);
-    assert_eq!(cloud.ask(role, "PUT", &own("control"), &[&sum, once], "x").0, 200);
+    assert_eq!(
+        cloud.ask(role, "PUT", &manifest, &[&sum, once], "x").unwrap().0,
+        412
+    );
+    assert_eq!(
+        cloud
+            .ask(role, "PUT", &own("control"), &[&sum, once], "x")
+            .unwrap()
+            .0,
+        200
+    );
     // Without a checksum.
-    assert_eq!(cloud.ask(role, "PUT", &own("without"), &[once], "x").0, 400);
+    assert_eq!(
+        cloud.ask(role, "PUT", &own("without"), &[once], "x").unwrap().0,
+        400
+    );
     // Elsewhere.
     for elsewhere in [
         "evidence/AROALABinstances%3Ai-0other/x",
@@ -356,12 +251,16 @@ fn the_agent_s_credentials_can_write_their_own_evidence_once_and_nothing_else() 
         "orders/x",
     ] {
         refused(
-            cloud.ask(role, "PUT", &format!("{BUCKET}/{elsewhere}"), &[&sum, once], "x"),
+            cloud
+                .ask(role, "PUT", &format!("{BUCKET}/{elsewhere}"), &[&sum, once], "x")
+                .unwrap(),
             "EvidenceIsWrittenUnderOnesOwnName",
         );
     }
     refused(
-        cloud.ask(role, "PUT", &format!("{BUCKET}/cases/c/x"), &[&sum, once], "x"),
+        cloud
+            .ask(role, "PUT", &format!("{BUCKET}/cases/c/x"), &[&sum, once], "x")
+            .unwrap(),
         "no policy allows it",
     );
     let responder = (&cloud.responder[0].1[..], &cloud.responder[1].1[..], None);
@@ -374,11 +273,12 @@ fn the_agent_s_credentials_can_write_their_own_evidence_once_and_nothing_else() 
                 &[&sum, once],
                 "x"
             )
+            .unwrap()
             .0,
         200
     );
     // A locked version cannot be deleted by the store's own word, without any policy.
-    let gate = Cloud::start();
+    let gate = Cloud::start().unwrap();
     gate.gate.bucket("bare", true, None).unwrap();
     let bare = gate.gate.principals.add(
         "AIDAADMIN3",
@@ -388,8 +288,8 @@ fn the_agent_s_credentials_can_write_their_own_evidence_once_and_nothing_else() 
         None,
     );
     let bare = (&bare.0[..], &bare.1.secret[..], None);
-    assert_eq!(gate.ask(bare, "PUT", "bare/x", &[&sum], "x").0, 200);
-    let (_, versions) = gate.ask(bare, "GET", "bare?versions=", &[], "");
+    assert_eq!(gate.ask(bare, "PUT", "bare/x", &[&sum], "x").unwrap().0, 200);
+    let (_, versions) = gate.ask(bare, "GET", "bare?versions=", &[], "").unwrap();
     let version = versions
         .split("<VersionId>")
         .nth(1)
@@ -397,6 +297,7 @@ fn the_agent_s_credentials_can_write_their_own_evidence_once_and_nothing_else() 
         .unwrap_or_else(|| panic!("{versions}"));
     assert_eq!(
         gate.ask(bare, "DELETE", &format!("bare/x?versionId={version}"), &[], "")
+            .unwrap()
             .0,
         403
     );
@@ -409,7 +310,7 @@ fn a_key_that_somebody_wrote_first_is_tampering_and_named() {
     let role = cloud.gate.principals.add(
         WRITER,
         "arn:aws:iam::123456789012:role/instances",
-        vec![policy("instance-role.json")],
+        vec![policy("instance-role.json").unwrap()],
         None,
         Some(600),
     );
@@ -427,16 +328,17 @@ fn a_key_that_somebody_wrote_first_is_tampering_and_named() {
                 &[&checksum("squat"), "if-none-match: *"],
                 "squat"
             )
+            .unwrap()
             .0,
         200
     );
-    let output = cloud.agent(id).output().unwrap();
+    let output = cloud.agent(id).unwrap().output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(
         String::from_utf8_lossy(&output.stderr).contains("somebody else has written it"),
         "{output:?}"
     );
-    let (verdict, code, report) = cloud.verify(id);
+    let (verdict, code, report) = cloud.verify(&id.to_string(), &[]).unwrap();
     assert_eq!((verdict.as_str(), code), ("tampered", 1), "{report}");
     assert!(
         report["findings"]
@@ -451,7 +353,7 @@ fn a_key_that_somebody_wrote_first_is_tampering_and_named() {
 /// Each fault alone, and all of them mixed: a verified capture, or a truthful word. Never a false `verified`, never an acknowledged segment lost.
 #[test]
 fn whatever_goes_wrong_on_the_way_the_verdict_is_true() {
-    let cloud = Cloud::start();
+    let cloud = Cloud::start().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let image = image(folder.path(), 24);
     let mixes: Vec<Vec<Fault>> = ALL
@@ -465,6 +367,7 @@ fn whatever_goes_wrong_on_the_way_the_verdict_is_true() {
         let began = Instant::now();
         let output = cloud
             .agent(id)
+            .unwrap()
             .args(["--profile", "memory", "--image", text(&image)])
             .output()
             .unwrap();
@@ -476,7 +379,7 @@ fn whatever_goes_wrong_on_the_way_the_verdict_is_true() {
             "{faults:?} took {:?}",
             began.elapsed()
         );
-        let (verdict, _, report) = cloud.verify(id);
+        let (verdict, _, report) = cloud.verify(&id.to_string(), &[]).unwrap();
         let acknowledged: usize = output
             .stdout
             .split(|b| *b == b'\n')
@@ -503,15 +406,17 @@ fn whatever_goes_wrong_on_the_way_the_verdict_is_true() {
             }
             other => panic!("{faults:?}: {other:?} {output:?}"),
         }
-        let salvaged = cloud.controller(&[
-            "fetch",
-            &id.to_string(),
-            "--no-symbols",
-            "--to",
-            text(&folder.path().join(id.to_string())),
-            "--output",
-            "json",
-        ]);
+        let salvaged = cloud
+            .controller(&[
+                "fetch",
+                &id.to_string(),
+                "--no-symbols",
+                "--to",
+                text(&folder.path().join(id.to_string())),
+                "--output",
+                "json",
+            ])
+            .unwrap();
         if let Ok(told) = serde_json::from_slice::<Value>(&salvaged.stdout) {
             assert_eq!(told["damaged"], serde_json::json!([]), "{faults:?}: {told}");
             assert!(
@@ -530,7 +435,7 @@ fn killed_on_its_way_it_loses_nothing_that_was_acknowledged() {
     let image = image(folder.path(), 48);
     for share in [15, 35, 55, 75] {
         let id = CaptureId::mint();
-        let mut agent = cloud.agent(id);
+        let mut agent = cloud.agent(id).unwrap();
         agent.args(["--profile", "memory", "--image", text(&image), "--max-rate", "8"]);
         let mut agent = agent.stdout(Stdio::piped()).spawn().unwrap();
         let (mut acknowledged, began) = (0, Instant::now());
@@ -547,16 +452,18 @@ fn killed_on_its_way_it_loses_nothing_that_was_acknowledged() {
         }
         agent.kill().unwrap();
         agent.wait().unwrap();
-        let (verdict, code, report) = cloud.verify(id);
+        let (verdict, code, report) = cloud.verify(&id.to_string(), &[]).unwrap();
         assert_eq!((verdict.as_str(), code), ("incomplete", 3), "{report}");
-        let salvaged = cloud.controller(&["salvage", &id.to_string(), "--output", "json"]);
+        let salvaged = cloud
+            .controller(&["salvage", &id.to_string(), "--output", "json"])
+            .unwrap();
         assert_eq!(salvaged.status.code(), Some(4), "{salvaged:?}");
         let salvaged: Value = serde_json::from_slice(&salvaged.stdout).unwrap();
         assert!(
             salvaged["holds"]["segments"].as_u64().unwrap() >= acknowledged as u64,
             "{salvaged}"
         );
-        assert_eq!(cloud.verify(id).0, "salvaged");
+        assert_eq!(cloud.verify(&id.to_string(), &[]).unwrap().0, "salvaged");
     }
 }
 
@@ -565,8 +472,10 @@ fn killed_on_its_way_it_loses_nothing_that_was_acknowledged() {
 fn no_secret_is_printed_or_stored() {
     let cloud = cloud();
     let id = CaptureId::mint();
-    let output = cloud.agent(id).output().unwrap();
-    let shown = cloud.controller(&["cat", "process-details", &id.to_string()]);
+    let output = cloud.agent(id).unwrap().output().unwrap();
+    let shown = cloud
+        .controller(&["cat", "process-details", &id.to_string()])
+        .unwrap();
     // The agent's own environment is evidence; it holds no key, since the role's came from the metadata service.
     for said in [&output.stdout, &output.stderr, &shown.stdout] {
         let text = String::from_utf8_lossy(said);
@@ -578,4 +487,99 @@ fn no_secret_is_printed_or_stored() {
             "a secret"
         );
     }
+}
+
+/// A guest that captures its own memory into S3, by the rights of its role; `$MORE` adds to what the agent is told.
+fn in_a_guest(cloud: &Cloud, id: CaptureId, more: &str) -> Guest {
+    let machine = Machine {
+        memory: 512,
+        disk: 16,
+        network: true,
+        ..Machine::default()
+    };
+    let port = |url: &str| url.rsplit_once(':').unwrap().1.to_owned();
+    let script = format!(
+        "{MARKERS}{JOIN_NETWORK}sleep 1\nexport AWS_EC2_METADATA_SERVICE_ENDPOINT=http://10.0.2.2:{}\n\
+         /stillframe-agent capture --case guest --profile memory --store s3://{BUCKET} --id {id} --region us-east-1 \
+         --endpoint-url http://10.0.2.2:{} {more} 2>&1\necho AGENT ENDED $?\ngrep VmHWM /proc/self/status\n",
+        port(&cloud.metadata.url()),
+        cloud.gate.port(),
+    );
+    let (agent, lab) = (programs::static_agent().unwrap(), programs::static_lab().unwrap());
+    machine
+        .boot(
+            &script,
+            &[("stillframe-agent", &agent), ("lab", &lab)],
+            &["virtio_net"],
+        )
+        .unwrap()
+}
+
+#[test]
+fn a_guest_s_memory_goes_to_s3_and_opens_in_volatility() {
+    let cloud = cloud();
+    let id = CaptureId::mint();
+    let ran = in_a_guest(cloud, id, "").ended().unwrap();
+    assert!(ran.console.contains("AGENT ENDED 0"), "{}", ran.console);
+    let name = id.to_string();
+    let (verdict, code, report) = cloud.verify(&name, &[]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("verified", 0), "{report}");
+    let folder = captured::scratch().unwrap();
+    let to = folder.path().join("fetched");
+    let fetched = cloud
+        .controller(&["fetch", &name, "--to", text(&to), "--output", "json"])
+        .unwrap();
+    assert_eq!(fetched.status.code(), Some(0), "{fetched:?}");
+    let told: Value = serde_json::from_slice(&fetched.stdout).unwrap();
+    assert_eq!(
+        (&told["differences"], &told["holes"]),
+        (&serde_json::json!([]), &serde_json::json!([])),
+        "{told}"
+    );
+    let rows = volatility::rows(&to, "image.lime", &["linux.pslist"]).unwrap();
+    for marker in ["marker-one", "marker-two", "marker-three"] {
+        assert!(rows.iter().any(|row| row["COMM"] == marker), "{marker}: {rows:?}");
+    }
+}
+
+/// Host death, not agent death.
+#[test]
+fn a_host_whose_power_is_taken_is_incomplete_and_salvaged() {
+    let cloud = cloud();
+    let id = CaptureId::mint();
+    let name = id.to_string();
+    let mut guest = in_a_guest(cloud, id, "--max-rate 16");
+    while guest.console().matches("% of 511 MiB").count() < 8 {
+        guest.wait_for("% of 511 MiB").unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    guest.power_off().unwrap();
+    let (verdict, code, report) = cloud.verify(&name, &[]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("incomplete", 3), "{report}");
+    let salvaged = cloud.controller(&["salvage", &name, "--output", "json"]).unwrap();
+    assert_eq!(salvaged.status.code(), Some(4), "{salvaged:?}");
+    let folder = captured::scratch().unwrap();
+    let to = folder.path().join("fetched");
+    let fetched = cloud
+        .controller(&[
+            "fetch",
+            &name,
+            "--no-symbols",
+            "--to",
+            text(&to),
+            "--output",
+            "json",
+        ])
+        .unwrap();
+    assert_eq!(fetched.status.code(), Some(5), "{fetched:?}");
+    let told: Value = serde_json::from_slice(&fetched.stdout).unwrap();
+    assert_eq!(
+        (&told["complete"], &told["damaged"]),
+        (&serde_json::json!(false), &serde_json::json!([])),
+        "{told}"
+    );
+    assert!(
+        told["bytes"].as_u64().unwrap() > 64 << 20 && !told["holes"].as_array().unwrap().is_empty(),
+        "{told}"
+    );
 }

@@ -35,6 +35,8 @@ pub struct Machine<'a> {
     pub disk: u64,
     /// What is on its disk when it starts.
     pub content: Option<&'a Path>,
+    /// A network in which 10.0.2.2 is this machine's loopback, and nothing else answers.
+    pub network: bool,
 }
 
 impl Default for Machine<'_> {
@@ -47,9 +49,20 @@ impl Default for Machine<'_> {
             append: "",
             disk: 256,
             content: None,
+            network: false,
         }
     }
 }
+
+/// The script gives the guest its address and no route, so it reaches its own network alone.
+const NETWORK: &[&str] = &[
+    "-netdev",
+    "user,id=n0,ipv6=off",
+    "-device",
+    "virtio-net-pci,netdev=n0,romfile=",
+];
+/// What a script says for that, with the module `virtio_net`.
+pub const JOIN_NETWORK: &str = "ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0\n";
 
 /// A running guest; it ends when this is dropped.
 pub struct Guest {
@@ -141,9 +154,8 @@ impl Machine<'_> {
                 "-display",
                 "none",
                 "-no-reboot",
-                "-nic",
-                "none",
             ])
+            .args(if self.network { &[][..] } else { &["-nic", "none"] })
             .args([
                 "-nodefaults",
                 "-no-user-config",
@@ -173,6 +185,7 @@ impl Machine<'_> {
                 ),
             ])
             .args(["-device", "virtio-blk-pci,drive=d0", "-device", "virtio-rng-pci"])
+            .args(if self.network { NETWORK } else { &[] })
             .stdin(Stdio::null())
             .stderr(Stdio::inherit())
             .spawn()
@@ -296,6 +309,13 @@ impl Guest {
             "{{\"execute\":\"pmemsave\",\"arguments\":{{\"val\":0,\"size\":{size},\"filename\":{file}}}}}"
         ))?;
         self.order("{\"execute\":\"cont\"}")
+    }
+
+    /// Takes its power, as a plug that is pulled.
+    pub fn power_off(mut self) -> Result<()> {
+        self.qemu.kill()?;
+        self.qemu.wait()?;
+        Ok(())
     }
 
     /// Waits until it has powered itself off.

@@ -4,8 +4,11 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::io::Read as _;
 use stillframe_tests::{
-    captured, fill,
+    captured,
+    cloud::{BUCKET, Cloud, INSTANCE},
+    fill,
     load::{self, Load},
+    programs,
 };
 
 /// Starts what the tests start, and keeps it until Enter is pressed.
@@ -35,6 +38,9 @@ enum What {
         /// Where to write it
         to: std::path::PathBuf,
     },
+    /// AWS on loopback: a bucket under the project's policy, Systems Manager with the project's documents, this machine as its host; prints the
+    /// variables by which the programs reach it
+    Cloud,
     /// Nothing, until standard input ends
     Wait,
     /// Memory full of pages that carry their own identity
@@ -54,6 +60,18 @@ fn main() -> Result<()> {
                 captured.told,
                 captured.fetched.display()
             );
+            let _ = std::io::stdin().read(&mut [0])?;
+        }
+        What::Cloud => {
+            let (cloud, agent) = (Cloud::start()?, programs::agent()?);
+            for (name, value) in &cloud.responder {
+                println!("export {name}={value}");
+            }
+            println!(
+                "export STORE=s3://{BUCKET} INSTANCE={INSTANCE} AGENT={}",
+                agent.display()
+            );
+            println!("# Enter ends it");
             let _ = std::io::stdin().read(&mut [0])?;
         }
         What::Image { to } => captured::guest_image(&to)?,

@@ -111,6 +111,32 @@ pub fn own_program() -> io::Result<PathBuf> {
     Ok(PathBuf::from("/proc/self/exe"))
 }
 
+/// Asks every process of this user that captures under that id to end in good order; how many there were. They are known by their command lines, which
+/// somebody of the same user could imitate, and gain a signal by it.
+pub fn stop(id: &str) -> io::Result<usize> {
+    let own = rustix::process::geteuid().as_raw();
+    let mut found = 0;
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let pid: Option<i32> = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else {
+            continue;
+        };
+        let owner = std::os::unix::fs::MetadataExt::uid(&match entry.metadata() {
+            Ok(metadata) => metadata,
+            Err(_) => continue,
+        });
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+        let captures = words.get(1) == Some(&&b"capture"[..])
+            && words.windows(2).any(|pair| pair == [&b"--id"[..], id.as_bytes()]);
+        if owner == own && captures {
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+            found += 1;
+        }
+    }
+    Ok(found)
+}
+
 /// Makes this process end when its parent does, and keeps nothing of its parent's open.
 pub fn die_with_parent() {
     let _ = rustix::thread::set_name(c"stillframe-work");

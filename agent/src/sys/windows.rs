@@ -65,6 +65,11 @@ pub fn own_program() -> io::Result<PathBuf> {
     std::env::current_exe()
 }
 
+/// There is no signal that a process here could be asked by yet.
+pub fn stop(_id: &str) -> io::Result<usize> {
+    Err(io::Error::other("on Windows a capture can only be cancelled yet"))
+}
+
 /// A worker ends when its pipe breaks; there is no earlier sign here yet.
 pub fn die_with_parent() {}
 

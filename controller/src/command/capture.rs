@@ -1,5 +1,7 @@
 //! `capture`: orders a capture and follows it to its verdict. `--local` runs the agent that lies beside this program.
 
+mod remote;
+
 use super::{At, verify};
 use crate::{
     stored::Store,
@@ -26,8 +28,10 @@ use stillframe_evidence::{
 #[derive(ClapArgs)]
 pub struct Args {
     /// Capture this machine
-    #[arg(long, required = true)]
+    #[arg(long)]
     local: bool,
+    #[command(flatten)]
+    remote: remote::Remote,
     #[command(flatten)]
     at: At,
     /// The case that the capture belongs to
@@ -93,6 +97,14 @@ struct Done<'a> {
 
 /// Orders it.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
+    match (args.local, args.remote.is_meant()) {
+        (true, false) => local(args, ui),
+        (false, true) => remote::run(args, ui),
+        _ => bail!("say who: --local, or --instance, --tag or --resource-group"),
+    }
+}
+
+fn local(args: &Args, ui: &Ui) -> Result<u8> {
     let agent = match &args.agent {
         Some(agent) => agent.clone(),
         None => beside()?,

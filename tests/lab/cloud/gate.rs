@@ -4,7 +4,7 @@
 
 use super::{
     faults::{self, Faults},
-    http::{Reply, Request, Response, Server, forward},
+    http::{Handler, Reply, Request, Response, Server, forward},
     iam::{Question, decide},
     localstack::LocalStack,
     principals::{Principal, Principals, xml_error},
@@ -28,7 +28,11 @@ pub struct Gate {
     server: Server,
     local: Arc<LocalStack>,
     policies: Arc<Mutex<BTreeMap<String, Value>>>,
+    services: Services,
 }
+
+/// Who answers for a service other than S3, by the name in the signature.
+type Services = Arc<Mutex<BTreeMap<String, Handler>>>;
 
 /// One decision.
 #[derive(Clone, Debug)]
@@ -49,6 +53,7 @@ struct Inside {
     log: Arc<Mutex<Vec<Decision>>>,
     local: Arc<LocalStack>,
     policies: Arc<Mutex<BTreeMap<String, Value>>>,
+    services: Services,
 }
 
 impl Gate {
@@ -60,6 +65,7 @@ impl Gate {
             log: Arc::default(),
             local: Arc::new(LocalStack::start()?),
             policies: Arc::default(),
+            services: Arc::default(),
         });
         let handler = inside.clone();
         let server = Server::start(Arc::new(move |request| handler.handle(&request)))?;
@@ -69,6 +75,7 @@ impl Gate {
             log: inside.log.clone(),
             local: inside.local.clone(),
             policies: inside.policies.clone(),
+            services: inside.services.clone(),
             server,
         })
     }
@@ -76,6 +83,14 @@ impl Gate {
     /// What `AWS_ENDPOINT_URL` is to be.
     pub fn url(&self) -> String {
         self.server.url()
+    }
+
+    /// Has `handler` answer for a service from here on.
+    pub fn serve(&self, service: &str, handler: Handler) {
+        self.services
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(service.to_owned(), handler);
     }
 
     /// Its port.
@@ -141,6 +156,15 @@ impl Inside {
             Ok(who) => who,
             Err((status, code, message)) => return Ok(Reply::Whole(xml_error(status, code, &message))),
         };
+        let other = self
+            .services
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&claim.service)
+            .cloned();
+        if let Some(handler) = other {
+            return Ok(handler(request.clone()));
+        }
         if claim.service == "sts" {
             return Ok(Reply::Whole(caller_identity(&principal)));
         }

@@ -1,0 +1,267 @@
+//! Ordering a capture by way of Systems Manager: who is meant, which document and which agent, pinned; then the order, written down; then it is sent.
+
+use super::{Args, orderer};
+use crate::{
+    aws::ssm::{Document, Host, MOST_INSTANCES, Spread, Ssm, Targets},
+    command::{order::Order, watch},
+    stored::Store,
+    ui::Ui,
+};
+use anyhow::{Context as _, Result, bail};
+use clap::Args as ClapArgs;
+use jiff::Timestamp;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use std::collections::BTreeMap;
+use stillframe_evidence::{layout::CaptureId, root::Hash, text::printable};
+
+/// Whom, and how.
+#[derive(ClapArgs)]
+#[command(next_help_heading = "By way of Systems Manager")]
+pub struct Remote {
+    /// Capture this instance; may be given up to 50 times
+    #[arg(long)]
+    pub instance: Vec<String>,
+    /// Capture every instance with this tag
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub tag: Vec<String>,
+    /// Capture every instance of this resource group
+    #[arg(long)]
+    pub resource_group: Option<String>,
+    /// The document that captures
+    #[arg(long, default_value = "Stillframe-Capture")]
+    pub document: String,
+    /// The SHA-256 that the agent on the host must have [default: that of the agent beside this program]
+    #[arg(long)]
+    pub agent_sha256: Option<Hash>,
+    /// Where the agent is on the hosts
+    #[arg(long, default_value = "/run/stillframe/stillframe-agent")]
+    pub agent_path: String,
+    /// Have the agent fetched first, from where S3 has it
+    #[arg(long)]
+    pub agent_url: Option<String>,
+    /// Where the hosts reach AWS, where that is not as usual
+    #[arg(long)]
+    pub host_endpoint_url: Option<String>,
+    /// Hosts at once: a number or a percentage
+    #[arg(long, default_value = "50")]
+    pub max_concurrency: String,
+    /// Failures after which the rest is not begun
+    #[arg(long, default_value = "100%")]
+    pub max_errors: String,
+    /// Seconds in which a host must begin
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(i32).range(30..=2_592_000))]
+    pub delivery_timeout: i32,
+    /// Seconds in which a capture must end
+    #[arg(long, default_value_t = 43_200, value_parser = clap::value_parser!(u32).range(5..=172_800))]
+    pub timeout: u32,
+    /// Stay and watch
+    #[arg(long)]
+    pub watch: bool,
+    /// Say who is meant and what would be sent, and touch nothing
+    #[arg(long)]
+    pub plan: bool,
+}
+
+impl Remote {
+    /// True when anybody is named.
+    pub fn is_meant(&self) -> bool {
+        !self.instance.is_empty() || !self.tag.is_empty() || self.resource_group.is_some()
+    }
+
+    fn targets(&self) -> Result<Targets> {
+        let kinds = [
+            !self.instance.is_empty(),
+            !self.tag.is_empty(),
+            self.resource_group.is_some(),
+        ];
+        if kinds.iter().filter(|k| **k).count() != 1 {
+            bail!("name hosts in one way: --instance, --tag or --resource-group");
+        }
+        if !self.instance.is_empty() {
+            if self.instance.len() > MOST_INSTANCES {
+                bail!("--instance may be given {MOST_INSTANCES} times; a fleet is named by --tag");
+            }
+            for id in &self.instance {
+                let known = id.strip_prefix("i-").or_else(|| id.strip_prefix("mi-"));
+                if !known
+                    .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_alphanumeric()))
+                {
+                    bail!(
+                        "--instance {}: an instance id is expected",
+                        printable(id.as_bytes())
+                    );
+                }
+            }
+            return Ok(Targets::Instances(self.instance.clone()));
+        }
+        let mut keys: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for tag in &self.tag {
+            let (key, value) = tag.split_once('=').context("--tag KEY=VALUE")?;
+            keys.entry(format!("tag:{key}"))
+                .or_default()
+                .push(value.to_owned());
+        }
+        if let Some(group) = &self.resource_group {
+            keys.insert("resource-groups:Name".to_owned(), vec![group.clone()]);
+        }
+        if keys.len() > 5 || keys.values().any(|values| values.len() > 50) {
+            bail!("Systems Manager takes 5 tags with 50 values each");
+        }
+        Ok(Targets::Keys(keys))
+    }
+}
+
+#[derive(Serialize)]
+struct Plan<'a> {
+    capture: CaptureId,
+    document: &'a Document,
+    targets: &'a Targets,
+    hosts: Vec<Host>,
+    agent_sha256: &'a str,
+    parameters: &'a BTreeMap<&'static str, String>,
+}
+
+#[derive(Serialize)]
+struct Sent<'a> {
+    capture: CaptureId,
+    command: &'a str,
+}
+
+/// Orders it.
+pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
+    let remote = &args.remote;
+    let store_name = args.at.store.to_str().filter(|s| s.starts_with("s3://"));
+    let store_name = store_name.context("--store: evidence of hosts goes to s3://bucket/prefix")?;
+    for (flag, given) in [
+        ("--image", args.image.is_some()),
+        ("--pid", !args.pid.is_empty()),
+        ("--lime-module", args.lime_module.is_some()),
+    ] {
+        if given {
+            bail!("{flag} is for --local");
+        }
+    }
+    let targets = remote.targets()?;
+    let ssm = Ssm::open(&args.at.aws.reach())?;
+    let document = ssm.document(&remote.document)?;
+    let agent_sha256 = match remote.agent_sha256 {
+        Some(hash) => hash.to_string(),
+        None => {
+            let path = super::beside()?;
+            let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+            Hash(Sha256::digest(bytes).into()).to_string()
+        }
+    };
+    let region = args
+        .at
+        .aws
+        .region
+        .clone()
+        .or_else(|| std::env::var("AWS_REGION").ok())
+        .context("--region or AWS_REGION: the hosts must be told where the store is")?;
+    // Seconds are enough, and all that the document takes.
+    let ordered_at = Timestamp::from_second(Timestamp::now().as_second())?;
+    let mut order = Order {
+        capture: CaptureId::mint(),
+        case: args.case.clone(),
+        profile: args.profile.clone(),
+        store: store_name.to_owned(),
+        nonce: uuid::Uuid::new_v4().simple().to_string(),
+        ordered_by: orderer(),
+        ordered_at,
+        targets,
+        document,
+        agent_sha256,
+        agent: remote.agent_path.clone(),
+        command: None,
+    };
+    let mut parameters: BTreeMap<&'static str, String> = [
+        ("CaptureId", order.capture.to_string()),
+        ("Store", order.store.clone()),
+        ("Case", order.case.to_string()),
+        ("Profile", order.profile.clone()),
+        ("Nonce", order.nonce.clone()),
+        ("OrderedBy", order.ordered_by.clone()),
+        ("OrderedAt", order.ordered_at.to_string()),
+        ("Region", region),
+        ("Agent", order.agent.clone()),
+        ("AgentSha256", order.agent_sha256.clone()),
+        ("TimeoutSeconds", remote.timeout.to_string()),
+    ]
+    .into();
+    parameters.extend(args.max_rate.map(|rate| ("MaxRate", rate.to_string())));
+    parameters.extend(remote.host_endpoint_url.clone().map(|url| ("EndpointUrl", url)));
+    if let Some(url) = &remote.agent_url {
+        parameters.insert("Fetch", "true".to_owned());
+        parameters.insert("AgentUrl", url.clone());
+    }
+    if remote.plan {
+        let plan = Plan {
+            capture: order.capture,
+            hosts: ssm.hosts(&order.targets)?,
+            document: &order.document,
+            targets: &order.targets,
+            agent_sha256: &order.agent_sha256,
+            parameters: &parameters,
+        };
+        ui.print(&plan, || text(&plan));
+        return Ok(0);
+    }
+    let store = Store::open(&args.at)?;
+    order
+        .keep(&store)
+        .context("the order could not be written down, and nothing was sent")?;
+    let spread = Spread {
+        max_concurrency: remote.max_concurrency.clone(),
+        max_errors: remote.max_errors.clone(),
+        delivery_seconds: remote.delivery_timeout,
+    };
+    let comment = format!("Stillframe {} {}", order.capture, order.case);
+    let command = ssm.send(&order.document, &order.targets, &parameters, &spread, &comment)?;
+    order.command = Some(command.clone());
+    order.keep(&store)?;
+    let sent = Sent {
+        capture: order.capture,
+        command: &command,
+    };
+    if remote.watch {
+        ui.say(&format!("capture {}  command {command}", order.capture));
+        return watch::follow(&store, &order, &ssm, ui);
+    }
+    ui.print(&sent, || {
+        format!(
+            "capture {}  command {command}\n{:<16}  stillframe watch {} --store {}",
+            order.capture,
+            "next",
+            order.capture,
+            printable(order.store.as_bytes())
+        )
+    });
+    Ok(0)
+}
+
+fn text(plan: &Plan) -> String {
+    let mut lines = vec![format!(
+        "document          {} version {} sha256 {}",
+        plan.document.name, plan.document.version, plan.document.hash
+    )];
+    lines.push(format!("agent             sha256 {}", plan.agent_sha256));
+    for (name, value) in plan.parameters {
+        lines.push(format!("  {name:<16} {}", printable(value.as_bytes())));
+    }
+    for host in &plan.hosts {
+        lines.push(format!(
+            "host              {}  {}  {}  SSM agent {}  {}",
+            printable(host.id.as_bytes()),
+            printable(host.ping.as_bytes()),
+            printable(host.platform.as_bytes()),
+            printable(host.agent_version.as_bytes()),
+            printable(host.name.as_bytes())
+        ));
+    }
+    if plan.hosts.is_empty() {
+        lines.push("host              none that Systems Manager knows".to_owned());
+    }
+    lines.join("\n")
+}

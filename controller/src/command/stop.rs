@@ -1,0 +1,102 @@
+//! `stop` and `cancel`. Stopping is asked of the agent, which ends the segment that it is at, signs, and closes the capture. Cancelling is Systems Manager's SIGKILL: what
+//! was acknowledged by then is salvaged.
+
+use super::{At, order::Order};
+use crate::{
+    aws::ssm::{Spread, Ssm, State, Targets},
+    ui::Ui,
+};
+use anyhow::{Result, bail};
+use clap::Args as ClapArgs;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Their arguments.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The id of the capture that was ordered, a unique beginning of it, or `latest`
+    capture: String,
+    #[command(flatten)]
+    at: At,
+    /// The document that stops
+    #[arg(long, default_value = "Stillframe-Stop")]
+    document: String,
+}
+
+#[derive(Serialize)]
+struct Done<'a> {
+    capture: String,
+    command: &'a str,
+    hosts: Vec<String>,
+}
+
+/// Asks the agents.
+pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
+    let (_, order) = Order::find(&args.at, &args.capture)?;
+    let ssm = Ssm::open(&args.at.aws.reach())?;
+    let running: Vec<String> = ssm
+        .invocations(order.command()?)?
+        .into_iter()
+        .filter(|i| i.state == State::InProgress)
+        .map(|i| i.host)
+        .collect();
+    if running.is_empty() {
+        bail!(
+            "no host is at capture {} any more; stillframe status",
+            order.capture
+        );
+    }
+    let document = ssm.document(&args.document)?;
+    let parameters: BTreeMap<&str, String> = [
+        ("CaptureId", order.capture.to_string()),
+        ("Agent", order.agent.clone()),
+        ("AgentSha256", order.agent_sha256.clone()),
+    ]
+    .into();
+    let spread = Spread {
+        max_concurrency: "100%".to_owned(),
+        max_errors: "100%".to_owned(),
+        delivery_seconds: 60,
+    };
+    for hosts in running.chunks(crate::aws::ssm::MOST_INSTANCES) {
+        let comment = format!("Stillframe stop {}", order.capture);
+        let command = ssm.send(
+            &document,
+            &Targets::Instances(hosts.to_vec()),
+            &parameters,
+            &spread,
+            &comment,
+        )?;
+        let done = Done {
+            capture: order.capture.to_string(),
+            command: &command,
+            hosts: hosts.to_vec(),
+        };
+        ui.print(&done, || {
+            format!(
+                "stopping {} on {}; stillframe watch {} shows it end",
+                order.capture,
+                hosts.join(", "),
+                order.capture
+            )
+        });
+    }
+    Ok(0)
+}
+
+/// Has them killed.
+pub fn cancel(args: &Args, ui: &Ui) -> Result<u8> {
+    let (_, order) = Order::find(&args.at, &args.capture)?;
+    let command = order.command()?;
+    ui.warn("cancelling is SIGKILL: the capture is not closed, and `stillframe salvage` reads what was acknowledged; `stillframe stop` closes it");
+    Ssm::open(&args.at.aws.reach())?.cancel(command, &[])?;
+    let done = Done {
+        capture: order.capture.to_string(),
+        command,
+        hosts: Vec::new(),
+    };
+    ui.print(&done, || {
+        format!("cancelled {}; stillframe status {}", order.capture, order.capture)
+    });
+    Ok(0)
+}

@@ -1,0 +1,249 @@
+//! `watch` and `status`: how far each host of an order is. Systems Manager says who has begun and ended; the progress objects in the store say how far.
+//! Ctrl-C ends the watching, never the capture.
+
+use super::{At, order::Order};
+use crate::{
+    aws::ssm::{Invocation, Ssm, State},
+    stored::Store,
+    ui::{Ui, bytes},
+};
+use anyhow::Result;
+use clap::Args as ClapArgs;
+use serde::Serialize;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+use stillframe_evidence::{chain::What, layout::CaptureId, text::printable, verdict::count};
+
+/// Its arguments.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// The id of the capture that was ordered, a unique beginning of it, or `latest`
+    capture: String,
+    #[command(flatten)]
+    at: At,
+}
+
+/// Hosts whose progress is looked up each time round.
+const LOOKED_UP: usize = 4;
+const BETWEEN: Duration = Duration::from_secs(2);
+
+/// What is known of an order.
+#[derive(Serialize)]
+struct View<'a> {
+    capture: CaptureId,
+    command: &'a str,
+    /// Hosts in each state.
+    counts: BTreeMap<State, usize>,
+    hosts: Vec<Line>,
+}
+
+/// One host.
+#[derive(Clone, Serialize)]
+struct Line {
+    #[serde(flatten)]
+    invocation: Invocation,
+    /// The last thing that its chain says.
+    progress: Option<Progress>,
+}
+
+/// How far its chain is.
+#[derive(Clone, Serialize, PartialEq, Eq)]
+struct Progress {
+    events: u64,
+    /// Bytes acknowledged by the store.
+    stored: u64,
+    /// The step under way, or the last that ended.
+    step: String,
+}
+
+/// Watches until every host is done.
+pub fn watch(args: &Args, ui: &Ui) -> Result<u8> {
+    let (store, order) = Order::find(&args.at, &args.capture)?;
+    follow(&store, &order, &Ssm::open(&args.at.aws.reach())?, ui)
+}
+
+/// Looks once.
+pub fn status(args: &Args, ui: &Ui) -> Result<u8> {
+    let (store, order) = Order::find(&args.at, &args.capture)?;
+    let ssm = Ssm::open(&args.at.aws.reach())?;
+    let invocations = ssm.invocations(order.command()?)?;
+    let mut known = BTreeMap::new();
+    let hosts: Vec<String> = invocations
+        .iter()
+        .filter(|i| !i.state.is_over())
+        .map(|i| i.host.clone())
+        .collect();
+    for host in hosts.iter().take(LOOKED_UP) {
+        known.extend(progress(&store, order.capture, host).map(|p| (host.clone(), p)));
+    }
+    let view = view(&order, &invocations, &known)?;
+    ui.print(&view, || table(&view, true));
+    Ok(code(&invocations))
+}
+
+/// 0 when every host is complete, 5 when some are not, 3 while any is under way.
+fn code(invocations: &[Invocation]) -> u8 {
+    if invocations.is_empty() || invocations.iter().any(|i| !i.state.is_over()) {
+        3
+    } else if invocations.iter().all(|i| i.state == State::Complete) {
+        0
+    } else {
+        5
+    }
+}
+
+/// Watches an order until every host is done.
+pub fn follow(store: &Store, order: &Order, ssm: &Ssm, ui: &Ui) -> Result<u8> {
+    static LEFT: AtomicBool = AtomicBool::new(false);
+    let _ = ctrlc::set_handler(|| LEFT.store(true, Ordering::SeqCst));
+    let command = order.command()?;
+    let mut known: BTreeMap<String, Progress> = BTreeMap::new();
+    let mut told: BTreeMap<String, String> = BTreeMap::new();
+    let mut turn = 0;
+    loop {
+        // It is normal that the service knows nothing of a command for a moment.
+        let invocations = ssm.invocations(command)?;
+        let running: Vec<&Invocation> = invocations
+            .iter()
+            .filter(|i| i.state == State::InProgress)
+            .collect();
+        for one in running
+            .iter()
+            .cycle()
+            .skip(turn)
+            .take(LOOKED_UP.min(running.len()))
+        {
+            known.extend(progress(store, order.capture, &one.host).map(|p| (one.host.clone(), p)));
+        }
+        turn = turn.wrapping_add(LOOKED_UP) % running.len().max(1);
+        // One line a host whenever something is new, so that a log reads well; a fleet's table comes at the end.
+        if invocations.len() <= 50 {
+            for one in &invocations {
+                let line = line(one, known.get(&one.host));
+                if told.insert(one.host.clone(), line.clone()).as_ref() != Some(&line) {
+                    ui.say(&line);
+                }
+            }
+        } else {
+            let line = counted(&counts(&invocations));
+            if told.insert(String::new(), line.clone()).as_ref() != Some(&line) {
+                ui.say(&line);
+            }
+        }
+        let over = !invocations.is_empty() && invocations.iter().all(|i| i.state.is_over());
+        if over || LEFT.load(Ordering::SeqCst) {
+            let view = view(order, &invocations, &known)?;
+            ui.print(&view, || {
+                if over {
+                    table(&view, invocations.len() > 50)
+                } else {
+                    format!(
+                        "left; the capture goes on: stillframe watch {} --store {}",
+                        order.capture,
+                        printable(order.store.as_bytes())
+                    )
+                }
+            });
+            return Ok(code(&invocations));
+        }
+        std::thread::sleep(BETWEEN);
+    }
+}
+
+fn progress(store: &Store, capture: CaptureId, host: &str) -> Option<Progress> {
+    let stored = store.of_host(capture, host).ok()??;
+    let (chain, _) = stored.chain().ok()?;
+    let (_, last) = chain.events().last()?;
+    Some(Progress {
+        events: last.sequence,
+        stored: chain.segments().map(|s| s.stored).fold(0, u64::saturating_add),
+        step: match &last.event {
+            What::Opened(_) => "begun".to_owned(),
+            What::Progress(p) => format!("{} {} %", p.kind, p.done.saturating_mul(100) / p.expected.max(1)),
+            What::Step(outcome) => outcome.kind.to_string(),
+            What::Closed(_) => "closed".to_owned(),
+        },
+    })
+}
+
+fn counts(invocations: &[Invocation]) -> BTreeMap<State, usize> {
+    let mut counts = BTreeMap::new();
+    for one in invocations {
+        *counts.entry(one.state).or_insert(0) += 1;
+    }
+    counts
+}
+
+fn counted(counts: &BTreeMap<State, usize>) -> String {
+    let list: Vec<String> = counts.iter().map(|(state, n)| format!("{n} {state}")).collect();
+    list.join(", ")
+}
+
+fn view<'a>(
+    order: &'a Order,
+    invocations: &[Invocation],
+    known: &BTreeMap<String, Progress>,
+) -> Result<View<'a>> {
+    Ok(View {
+        capture: order.capture,
+        command: order.command()?,
+        counts: counts(invocations),
+        hosts: invocations
+            .iter()
+            .map(|one| Line {
+                invocation: one.clone(),
+                progress: known.get(&one.host).cloned(),
+            })
+            .collect(),
+    })
+}
+
+fn line(one: &Invocation, progress: Option<&Progress>) -> String {
+    let mut line = format!(
+        "  {:<24} {:<20}",
+        printable(one.host.as_bytes()),
+        one.state.to_string()
+    );
+    match (&one.told, &one.output, progress) {
+        (Some(told), ..) => {
+            line += &format!(" chain of {}", told.events);
+            if let Some(key) = &told.key {
+                line += &format!("  key {}", printable(key.as_bytes()));
+            }
+            if let Some(why) = &told.why {
+                line += &format!("  {}", printable(why.as_bytes()));
+            }
+        }
+        (None, Some(output), _) if one.state.is_over() => {
+            line += &format!(" {}", printable(output.as_bytes()))
+        }
+        (None, _, Some(p)) => {
+            line += &format!(" {}  {} stored", printable(p.step.as_bytes()), bytes(p.stored))
+        }
+        _ => (),
+    }
+    line.trim_end().to_owned()
+}
+
+/// The sum; and the hosts, where they were not told already.
+fn table(view: &View, hosts: bool) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    if hosts {
+        lines.extend(
+            view.hosts
+                .iter()
+                .map(|h| line(&h.invocation, h.progress.as_ref())),
+        );
+    }
+    lines.push(format!(
+        "{:<16}  {}: {}",
+        "hosts",
+        count(view.hosts.len(), "host"),
+        counted(&view.counts)
+    ));
+    lines.push(format!("{:<16}  stillframe verify {}", "next", view.capture));
+    lines.join("\n")
+}

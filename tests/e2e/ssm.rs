@@ -1,0 +1,525 @@
+//! From an order to a verified capture: the unmodified programs through the unmodified SDK, Systems Manager as the only way in, S3 as the only way out.
+
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+    sync::{Mutex, MutexGuard, OnceLock},
+    time::{Duration, Instant},
+};
+use stillframe_tests::{
+    cloud::{
+        BUCKET, Cloud, DOCUMENTS, INSTANCE,
+        document::{render, validate},
+        faults::Fault,
+        ssm::{Fate, Host},
+    },
+    programs,
+};
+
+fn cloud() -> &'static Cloud {
+    static CLOUD: OnceLock<Cloud> = OnceLock::new();
+    CLOUD.get_or_init(|| Cloud::start().unwrap())
+}
+
+/// Tests that make faults, or that count what runs on the instance, take turns.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The agent is staged where the test built it.
+fn order<'a>(agent: &'a str, url: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let base = [
+        "capture",
+        "--instance",
+        INSTANCE,
+        "--agent-path",
+        agent,
+        "--host-endpoint-url",
+        url,
+        "--output",
+        "json",
+    ];
+    [&base[..], more].concat()
+}
+
+fn agent() -> String {
+    programs::agent().unwrap().to_str().unwrap().to_owned()
+}
+
+fn json_of(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+}
+
+/// Orders and does not wait.
+fn ordered(cloud: &Cloud, more: &[&str]) -> String {
+    let (agent, url) = (agent(), cloud.gate.url());
+    let output = cloud.controller(&order(&agent, &url, more)).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    json_of(&output)["capture"].as_str().unwrap().to_owned()
+}
+
+fn status(cloud: &Cloud, id: &str) -> (Option<i32>, Value) {
+    let output = cloud.controller(&["status", id, "--output", "json"]).unwrap();
+    (output.status.code(), json_of(&output))
+}
+
+/// Waits for a state of the instance.
+fn wait_for(cloud: &Cloud, id: &str, wanted: &[&str]) -> Value {
+    let began = Instant::now();
+    loop {
+        let (_, view) = status(cloud, id);
+        if view["hosts"][0]["state"]
+            .as_str()
+            .is_some_and(|s| wanted.contains(&s))
+        {
+            return view;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{wanted:?}: {view}");
+    }
+}
+
+#[test]
+fn an_order_becomes_a_verified_capture() {
+    let _alone = alone();
+    let cloud = cloud();
+    let (agent, url) = (agent(), cloud.gate.url());
+    let output = cloud
+        .controller(&order(&agent, &url, &["--case", "C-17", "--watch"]))
+        .unwrap();
+    let view = json_of(&output);
+    let host = &view["hosts"][0];
+    let outcome = host["told"]["outcome"].as_str().unwrap();
+    assert_eq!(host["state"], outcome, "{view}");
+    // This machine may hide something even from root; then the capture is partial, and the code says so.
+    assert_eq!(
+        output.status.code(),
+        Some(if outcome == "complete" { 0 } else { 5 }),
+        "{output:?}"
+    );
+    let id = view["capture"].as_str().unwrap();
+    let (verdict, code, report) = cloud.verify(id, &[]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("verified", 0), "{report}");
+    // The key that came by Systems Manager is that of the chain in S3; another is not.
+    let key = host["told"]["key"].as_str().unwrap();
+    assert_eq!(cloud.verify(id, &["--expect-key", key]).unwrap().0, "verified");
+    // The order reached the agent, and stands in the signed chain.
+    let shown = json_of(&cloud.controller(&["show", id, "--output", "json"]).unwrap());
+    assert_eq!(shown["summary"]["case"], "C-17", "{shown}");
+    let (code, again) = status(cloud, id);
+    assert_eq!(
+        (code, &again["hosts"][0]["state"]),
+        (output.status.code(), &host["state"])
+    );
+}
+
+#[test]
+fn a_plan_says_who_is_meant_and_touches_nothing() {
+    let cloud = cloud();
+    let (agent, url) = (agent(), cloud.gate.url());
+    let before = cloud.ssm.scripts().len();
+    let mut plan = order(&agent, &url, &["--plan"]);
+    (plan[1], plan[2]) = ("--tag", "Role=web");
+    let told = json_of(&cloud.controller(&plan).unwrap());
+    assert_eq!(told["hosts"][0]["id"], INSTANCE, "{told}");
+    assert_eq!(told["document"]["version"], "1", "{told}");
+    assert_eq!(told["document"]["hash"].as_str().unwrap().len(), 64, "{told}");
+    assert_eq!(cloud.ssm.scripts().len(), before);
+    let id = told["capture"].as_str().unwrap();
+    assert_eq!(
+        cloud.controller(&["status", id]).unwrap().status.code(),
+        Some(2),
+        "nothing was written down"
+    );
+}
+
+#[test]
+fn stopped_it_ends_in_a_signed_manifest() {
+    let _alone = alone();
+    let cloud = cloud();
+    // A store that stalls: the capture is under way for long enough.
+    cloud.gate.faults.set(&[Fault::Stall], 2, 7);
+    let id = ordered(cloud, &[]);
+    wait_for(cloud, &id, &["in-progress"]);
+    std::thread::sleep(Duration::from_millis(1500));
+    let output = cloud.controller(&["stop", &id, "--output", "json"]).unwrap();
+    cloud.gate.faults.set(&[], 0, 0);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let view = wait_for(cloud, &id, &["stopped", "complete", "partial"]);
+    assert_eq!(view["hosts"][0]["state"], "stopped", "{view}");
+    let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("verified", 0), "{report}");
+    let again = cloud.controller(&["stop", &id]).unwrap();
+    assert_eq!(again.status.code(), Some(2), "{again:?}");
+}
+
+#[test]
+fn cancelled_at_any_moment_what_was_acknowledged_is_salvaged() {
+    let _alone = alone();
+    let cloud = cloud();
+    let mut salvaged = 0;
+    for moment in 0..10u64 {
+        cloud.gate.faults.set(&[Fault::Stall], 2, moment);
+        let id = ordered(cloud, &[]);
+        wait_for(cloud, &id, &["in-progress"]);
+        std::thread::sleep(Duration::from_millis(150 * moment));
+        let output = cloud.controller(&["cancel", &id]).unwrap();
+        cloud.gate.faults.set(&[], 0, 0);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert!(
+            String::from_utf8_lossy(&output.stderr).contains("SIGKILL"),
+            "{output:?}"
+        );
+        let view = wait_for(cloud, &id, &["cancelled", "complete", "partial"]);
+        if view["hosts"][0]["state"] != "cancelled" {
+            continue;
+        }
+        let Ok((verdict, code, report)) = cloud.verify(&id, &[]) else {
+            // Killed before its first event landed: there is no capture of that id, and that is what is said.
+            assert_eq!(cloud.controller(&["verify", &id]).unwrap().status.code(), Some(2));
+            continue;
+        };
+        assert_eq!((verdict.as_str(), code), ("incomplete", 3), "{report}");
+        let output = cloud.controller(&["salvage", &id, "--output", "json"]).unwrap();
+        assert_eq!(output.status.code(), Some(4), "{output:?}");
+        // What the chain acknowledges is there, every segment of it.
+        let holds = json_of(&output);
+        assert!(holds["findings"].as_array().unwrap().is_empty(), "{holds}");
+        assert_eq!(cloud.verify(&id, &[]).unwrap().0, "salvaged");
+        salvaged += 1;
+    }
+    assert!(salvaged >= 3, "{salvaged}");
+}
+
+/// Whatever a person or a tag puts into an order is refused by a pattern or carried as data.
+#[test]
+fn nothing_that_is_injected_executes() {
+    let _alone = alone();
+    let cloud = cloud();
+    let folder = tempfile::tempdir().unwrap();
+    let mark = folder.path().join("mark");
+    let touch = format!("touch {}", mark.display());
+    let (agent, url) = (agent(), cloud.gate.url());
+    for hostile in [
+        format!("'; {touch}; '"),
+        format!("$({touch})"),
+        format!("`{touch}`"),
+        format!("x\n{touch}"),
+        "{{ Agent }}".to_owned(),
+        format!("\"; {touch} #"),
+    ] {
+        // By our own command line.
+        for flag in ["--case", "--max-rate"] {
+            let refused = cloud.controller(&order(&agent, &url, &[flag, &hostile])).unwrap();
+            assert_eq!(refused.status.code(), Some(2), "{flag} {hostile}: {refused:?}");
+        }
+        // By the document's patterns, where our own command line has none.
+        for (place, flag) in [(4, "--agent-path"), (6, "--host-endpoint-url")] {
+            let mut arguments = order(&agent, &url, &["--watch"]);
+            assert_eq!(arguments[place - 1], flag);
+            arguments[place] = &hostile;
+            let output = cloud.controller(&arguments).unwrap();
+            assert_eq!(output.status.code(), Some(5), "{flag} {hostile}: {output:?}");
+            assert_eq!(
+                json_of(&output)["hosts"][0]["state"],
+                "script-failed",
+                "{output:?}"
+            );
+        }
+        let mut tagged = order(&agent, &url, &["--plan"]);
+        let tag = format!("Role={hostile}");
+        (tagged[1], tagged[2]) = ("--tag", &tag);
+        let told = json_of(&cloud.controller(&tagged).unwrap());
+        assert_eq!(told["hosts"], json!([]), "{told}");
+    }
+    assert!(!mark.exists());
+    // The control: the same script in the same place would have run.
+    assert!(
+        Command::new("sh")
+            .args(["-c", &touch])
+            .status()
+            .unwrap()
+            .success()
+            && mark.exists()
+    );
+}
+
+/// No secret stands in what a host is sent, in what it is told to run, or in what is printed.
+#[test]
+fn no_secret_stands_in_a_script_or_an_argument() {
+    let _alone = alone();
+    let cloud = cloud();
+    cloud.gate.faults.set(&[Fault::Stall], 2, 3);
+    let id = ordered(cloud, &[]);
+    wait_for(cloud, &id, &["in-progress"]);
+    std::thread::sleep(Duration::from_millis(800));
+    let mut seen = 0;
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+        let line = String::from_utf8_lossy(&read("cmdline")).into_owned();
+        if line.contains(&id)
+            && line.contains("capture")
+            && !line.contains("--store\0s3://evidence-bucket\0--output\0json\0--tag")
+        {
+            seen += 1;
+            for text in [line, String::from_utf8_lossy(&read("environ")).into_owned()] {
+                assert!(
+                    !text.contains("lab/secret/") && !text.contains("lab+token+"),
+                    "{text}"
+                );
+            }
+        }
+    }
+    cloud.gate.faults.set(&[], 0, 0);
+    assert!(seen > 0, "the agent was not seen");
+    wait_for(cloud, &id, &["complete", "partial"]);
+    let scripts = cloud.ssm.scripts();
+    assert!(!scripts.is_empty());
+    for script in scripts {
+        assert!(
+            !script.contains("lab/secret/") && !script.contains("lab+token+"),
+            "{script}"
+        );
+    }
+}
+
+/// An agent that is another than was ordered does not run; a host without one says so.
+#[test]
+fn only_the_agent_that_was_ordered_runs() {
+    let _alone = alone();
+    let cloud = cloud();
+    let folder = tempfile::tempdir().unwrap();
+    let other = folder.path().join("stillframe-agent");
+    let mark = folder.path().join("mark");
+    fs::write(&other, format!("#!/bin/sh\ntouch {}\n", mark.display())).unwrap();
+    let url = cloud.gate.url();
+    for (path, says) in [
+        (other.to_str().unwrap(), "is not the agent that was ordered"),
+        ("/nowhere/stillframe-agent", "no agent at /nowhere"),
+    ] {
+        let output = cloud.controller(&order(path, &url, &["--watch"])).unwrap();
+        let view = json_of(&output);
+        assert_eq!(
+            (output.status.code(), &view["hosts"][0]["state"]),
+            (Some(5), &json!("script-failed")),
+            "{view}"
+        );
+        assert!(
+            view["hosts"][0]["output"].as_str().unwrap().contains(says),
+            "{view}"
+        );
+    }
+    assert!(!mark.exists());
+}
+
+fn document(name: &str) -> Value {
+    stillframe_tests::cloud::document(name).unwrap()
+}
+
+#[test]
+fn the_documents_are_valid_and_twenty_broken_ones_are_not() {
+    for name in DOCUMENTS {
+        validate(&document(name)).unwrap();
+    }
+    let good = document("Stillframe-Capture");
+    let breaks: [(&str, &dyn Fn(&mut Value)); 20] = [
+        ("another schema", &|d| d["schemaVersion"] = json!("1.2")),
+        ("no description", &|d| d["description"] = json!("")),
+        ("a key that is none", &|d| d["comment"] = json!("x")),
+        ("no steps", &|d| d["mainSteps"] = json!([])),
+        ("a parameter without a type", &|d| {
+            d["parameters"]["Case"]["type"] = Value::Null
+        }),
+        ("a parameter without a description", &|d| {
+            d["parameters"]["Case"]["description"] = Value::Null
+        }),
+        ("a parameter without a pattern", &|d| {
+            _ = d["parameters"]["Case"]
+                .as_object_mut()
+                .unwrap()
+                .remove("allowedPattern")
+        }),
+        ("a pattern without an end", &|d| {
+            d["parameters"]["Case"]["allowedPattern"] = json!("^[a-z]+")
+        }),
+        ("a pattern that lets a quote in", &|d| {
+            d["parameters"]["Case"]["allowedPattern"] = json!("^[a-z']+$")
+        }),
+        ("a pattern that lets a line in", &|d| {
+            d["parameters"]["Case"]["allowedPattern"] = json!("^[^']*$")
+        }),
+        ("a pattern that is none", &|d| {
+            d["parameters"]["Case"]["allowedPattern"] = json!("^[a-z$")
+        }),
+        ("a default against its pattern", &|d| {
+            d["parameters"]["Case"]["default"] = json!("a b")
+        }),
+        ("a default that is not allowed", &|d| {
+            d["parameters"]["Profile"]["default"] = json!("everything")
+        }),
+        ("a parameter that is not used", &|d| {
+            d["parameters"]["Spare"] = d["parameters"]["Case"].clone()
+        }),
+        ("a placeholder that is none", &|d| {
+            d["mainSteps"][1]["inputs"]["runCommand"][0] = json!("echo {{ Nothing }}")
+        }),
+        ("two steps of one name", &|d| {
+            d["mainSteps"][2]["name"] = d["mainSteps"][1]["name"].clone()
+        }),
+        ("an action that is none", &|d| {
+            d["mainSteps"][1]["action"] = json!("aws:runScript")
+        }),
+        ("no precondition", &|d| {
+            _ = d["mainSteps"][1].as_object_mut().unwrap().remove("precondition")
+        }),
+        ("the wrong platform", &|d| {
+            d["mainSteps"][1]["precondition"]["StringEquals"][1] = json!("Windows")
+        }),
+        ("a timeout that becomes an hour", &|d| {
+            d["mainSteps"][1]["inputs"]["timeoutSeconds"] = json!("3")
+        }),
+    ];
+    for (what, broken) in breaks {
+        let mut document = good.clone();
+        broken(&mut document);
+        assert_ne!(document, good, "{what}");
+        assert!(validate(&document).is_err(), "{what}");
+    }
+}
+
+/// What a host would run, to the letter.
+#[test]
+fn what_a_host_would_run() {
+    let given: BTreeMap<String, String> = [
+        ("CaptureId", "0197c9e2-0000-7000-8000-000000000000"),
+        ("Store", "s3://evidence/x"),
+        ("Case", "C-17"),
+        ("Profile", "full"),
+        ("Nonce", "00112233445566778899aabbccddeeff"),
+        ("OrderedBy", "responder@desk"),
+        ("OrderedAt", "2026-11-24T03:00:00Z"),
+        ("Region", "eu-central-1"),
+        (
+            "AgentSha256",
+            "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+        ),
+        ("MaxRate", "200"),
+    ]
+    .map(|(n, v)| (n.to_owned(), v.to_owned()))
+    .into();
+    let mut all = String::new();
+    for platform in ["Linux", "Windows"] {
+        for step in render(&document("Stillframe-Capture"), &given, platform).unwrap() {
+            all += &format!(
+                "# {platform}: {} by {}, {} s\n{}\n",
+                step.name, step.action, step.timeout, step.script
+            );
+        }
+    }
+    insta::with_settings!({prepend_module_to_snapshot => false, snapshot_path => "snapshots"}, { insta::assert_snapshot!("what_a_host_would_run", all) });
+    let mut hostile = given.clone();
+    hostile.insert("Case".to_owned(), "'; id; '".to_owned());
+    assert!(render(&document("Stillframe-Capture"), &hostile, "Linux").is_err());
+    let mut unknown = given;
+    unknown.insert("Extra".to_owned(), "x".to_owned());
+    assert!(render(&document("Stillframe-Capture"), &unknown, "Linux").is_err());
+}
+
+/// A fleet of which some come to every fate: the table is right, the service is asked less than twice a second, and memory stays small.
+#[test]
+fn a_fleet_of_ten_thousand() {
+    const HOSTS: usize = 10_000;
+    let cloud = Cloud::start().unwrap();
+    let line = |outcome: &str| {
+        format!(
+            "stillframe-result {{\"capture\":\"x\",\"outcome\":\"{outcome}\",\"key\":\"k\",\"events\":9,\"why\":null}}\n"
+        )
+    };
+    let fates = [
+        ("complete", Fate::Says(line("complete"))),
+        ("partial", Fate::Says(line("partial"))),
+        ("script-failed", Fate::Fails),
+        ("no-result", Fate::Skips),
+        ("undeliverable", Fate::Undeliverable),
+        ("execution-timed-out", Fate::TooLong),
+        ("access-denied", Fate::Denied),
+        (
+            "no-result",
+            Fate::Says("stillframe-result is not here\n".to_owned()),
+        ),
+    ];
+    let mut expected: BTreeMap<&str, u64> = BTreeMap::new();
+    for n in 0..HOSTS {
+        let (state, fate) = &fates[n % fates.len()];
+        *expected.entry(state).or_default() += 1;
+        cloud.ssm.host(Host {
+            id: format!("i-{n:08x}fleet"),
+            platform: "Linux",
+            tags: [("Fleet".to_owned(), "all".to_owned())].into(),
+            fate: fate.clone(),
+        });
+    }
+    cloud.ssm.throttle(20);
+    let mut controller = cloud.responder().unwrap();
+    let store = format!("s3://{BUCKET}");
+    controller.args([
+        "capture",
+        "--tag",
+        "Fleet=all",
+        "--agent-sha256",
+        &"a".repeat(64),
+        "--max-concurrency",
+        "100%",
+        "--watch",
+        "--output",
+        "json",
+        "--store",
+        &store,
+    ]);
+    let calls = cloud.ssm.calls();
+    let began = Instant::now();
+    let child = controller
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = child.id();
+    let peak = std::thread::spawn(move || {
+        let mut peak = 0;
+        while let Ok(status) = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status")) {
+            let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+            peak = peak.max(
+                line.and_then(|l| l.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+                    .unwrap_or(0),
+            );
+            std::thread::sleep(Duration::from_millis(100));
+            if line.is_none() {
+                break;
+            }
+        }
+        peak
+    });
+    let output = child.wait_with_output().unwrap();
+    let rate = (cloud.ssm.calls() - calls) as f64 / began.elapsed().as_secs_f64();
+    assert_eq!(
+        output.status.code(),
+        Some(5),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let view = json_of(&output);
+    let counts: BTreeMap<&str, u64> = view["counts"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(k, v)| (&k[..], v.as_u64().unwrap()))
+        .collect();
+    assert_eq!(counts, expected);
+    assert_eq!(view["hosts"].as_array().unwrap().len(), HOSTS);
+    assert!(rate < 2.0, "{rate} calls a second");
+    let peak = peak.join().unwrap();
+    assert!(peak > 0 && peak < 200 << 10, "{peak} KiB");
+}

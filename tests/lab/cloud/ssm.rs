@@ -1,0 +1,723 @@
+//! Systems Manager, as far as Run Command goes: documents with versions and hashes, SendCommand with ids, tags and rate control, invocations by the page,
+//! CancelCommand. Hosts either execute what they are sent, in a process group of their own, or come to a fate that a test gives them.
+//!
+//! Modelled on the real agent 3.3.0.0 and the service's model: a value that breaks its pattern fails the step before anything runs; output is empty until a
+//! step ends, and cut; any code but 0 is `Failed`; a step whose precondition does not hold is skipped and is a success.
+
+use super::{
+    document::{self, Step},
+    http::{Handler, Reply, Request, Response},
+};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::BTreeMap,
+    io::Read as _,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    process::{Command, Stdio},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// Characters of output that a page shows.
+const SHOWN: usize = 2500;
+/// Invocations on a page.
+const PAGE: usize = 50;
+
+/// What becomes of a command on a host.
+#[derive(Clone, Debug)]
+pub enum Fate {
+    /// It executes the document, with this environment beside the system's own.
+    Executes(Vec<(String, String)>),
+    /// It says this on standard output, and ends well.
+    Says(String),
+    /// It fails.
+    Fails,
+    /// It ends well and runs no step.
+    Skips,
+    /// It never answers.
+    Silent,
+    /// The service cannot reach it.
+    Undeliverable,
+    /// It takes longer than it may.
+    TooLong,
+    /// It may not run the document.
+    Denied,
+}
+
+/// A host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Its instance id.
+    pub id: String,
+    /// `Linux` or `Windows`.
+    pub platform: &'static str,
+    /// Its tags.
+    pub tags: BTreeMap<String, String>,
+    /// What becomes of what it is sent.
+    pub fate: Fate,
+}
+
+#[derive(Clone, Debug)]
+struct Invocation {
+    host: String,
+    status: &'static str,
+    details: &'static str,
+    output: String,
+    errors: String,
+    code: i32,
+    /// Its process group, while it runs.
+    group: Option<i32>,
+}
+
+#[derive(Debug)]
+struct Sent {
+    document: String,
+    invocations: Vec<Invocation>,
+    cancelled: bool,
+    sent: Instant,
+}
+
+#[derive(Default)]
+struct State {
+    documents: BTreeMap<String, Value>,
+    hosts: Vec<Host>,
+    commands: BTreeMap<String, Sent>,
+    next: u64,
+}
+
+struct Inside {
+    state: Mutex<State>,
+    changed: Condvar,
+    calls: AtomicU64,
+    /// One call in so many is throttled; none where this is zero.
+    throttle: AtomicU64,
+    folder: tempfile::TempDir,
+}
+
+/// The service.
+pub struct Ssm {
+    inside: Arc<Inside>,
+}
+
+impl Ssm {
+    /// Without documents and hosts.
+    pub fn new() -> Result<Self> {
+        let inside = Arc::new(Inside {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            calls: AtomicU64::new(0),
+            throttle: AtomicU64::new(0),
+            folder: tempfile::tempdir()?,
+        });
+        Ok(Ssm { inside })
+    }
+
+    /// What answers its requests; that they are signed is for the gate to see.
+    pub fn handler(&self) -> Handler {
+        let inside = self.inside.clone();
+        Arc::new(move |request| Reply::Whole(inside.handle(&request)))
+    }
+
+    /// Enters a document. It must be valid.
+    pub fn document(&self, name: &str, content: Value) -> Result<()> {
+        document::validate(&content).with_context(|| name.to_owned())?;
+        self.inside.state().documents.insert(name.to_owned(), content);
+        Ok(())
+    }
+
+    /// Enters a host.
+    pub fn host(&self, host: Host) {
+        self.inside.state().hosts.push(host);
+    }
+
+    /// Calls so far.
+    pub fn calls(&self) -> u64 {
+        self.inside.calls.load(Ordering::SeqCst)
+    }
+
+    /// Throttles one call of so many from here on.
+    pub fn throttle(&self, one_in: u64) {
+        self.inside.throttle.store(one_in, Ordering::SeqCst);
+    }
+
+    /// Every script that a host was given.
+    pub fn scripts(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(self.inside.folder.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            found.extend(std::fs::read_to_string(entry.path()));
+        }
+        found
+    }
+}
+
+impl Drop for Ssm {
+    fn drop(&mut self) {
+        let groups: Vec<i32> = {
+            let state = self.inside.state();
+            state
+                .commands
+                .values()
+                .flat_map(|c| &c.invocations)
+                .filter_map(|i| i.group)
+                .collect()
+        };
+        groups.into_iter().for_each(kill);
+    }
+}
+
+fn kill(group: i32) {
+    // SAFETY: a signal to a process group that this process started.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(-group, libc::SIGKILL);
+    }
+}
+
+fn refused(code: &str, message: impl Into<String>) -> Response {
+    let message: String = message.into();
+    Response::new(
+        400,
+        "application/x-amz-json-1.1",
+        json!({"__type": code, "message": message}).to_string(),
+    )
+}
+
+impl Inside {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handle(self: &Arc<Self>, request: &Request) -> Response {
+        let calls = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        let throttle = self.throttle.load(Ordering::SeqCst);
+        if throttle > 0 && calls % throttle == 0 {
+            return refused("ThrottlingException", "Rate exceeded");
+        }
+        let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+        let operation = request
+            .header("x-amz-target")
+            .strip_prefix("AmazonSSM.")
+            .unwrap_or_default();
+        let answer = match operation {
+            "DescribeDocument" => self.describe_document(&body),
+            "DescribeInstanceInformation" => Ok(self.instances(&body)),
+            "SendCommand" => self.send(&body),
+            "ListCommandInvocations" => self.list(&body),
+            "GetCommandInvocation" => self.get(&body),
+            "CancelCommand" => self.cancel(&body),
+            other => Err(("UnknownOperationException", other.to_owned())),
+        };
+        match answer {
+            Ok(value) => Response::new(200, "application/x-amz-json-1.1", value.to_string()),
+            Err((code, message)) => refused(code, message),
+        }
+    }
+
+    fn describe_document(&self, body: &Value) -> Answer {
+        let state = self.state();
+        let name = body["Name"].as_str().unwrap_or_default();
+        let content = state
+            .documents
+            .get(name)
+            .ok_or(("InvalidDocument", name.to_owned()))?;
+        Ok(
+            json!({"Document": {"Name": name, "DocumentVersion": "1", "HashType": "Sha256", "Hash": hash(content), "Status": "Active", "SchemaVersion": "2.2"}}),
+        )
+    }
+
+    fn instances(&self, body: &Value) -> Value {
+        let state = self.state();
+        let fits = |host: &&Host| {
+            body["Filters"].as_array().into_iter().flatten().all(|filter| {
+                let values: Vec<&str> = filter["Values"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_str)
+                    .collect();
+                matches(host, filter["Key"].as_str().unwrap_or_default(), &values)
+            })
+        };
+        let hosts: Vec<&Host> = state.hosts.iter().filter(fits).collect();
+        let from = token(body);
+        let page: Vec<Value> = hosts
+            .iter()
+            .skip(from)
+            .take(PAGE)
+            .map(|host| {
+                let ping = if matches!(host.fate, Fate::Silent | Fate::Undeliverable) { "ConnectionLost" } else { "Online" };
+                json!({"InstanceId": host.id, "PingStatus": ping, "PlatformType": host.platform, "AgentVersion": "3.3.0.0", "ComputerName": format!("{}.lab", host.id)})
+            })
+            .collect();
+        paged(json!({"InstanceInformationList": page}), from + PAGE, hosts.len())
+    }
+
+    fn send(self: &Arc<Self>, body: &Value) -> Answer {
+        let mut state = self.state();
+        let name = body["DocumentName"].as_str().unwrap_or_default().to_owned();
+        let content = state
+            .documents
+            .get(&name)
+            .cloned()
+            .ok_or(("InvalidDocument", name.clone()))?;
+        if !body["DocumentHash"].is_null() && body["DocumentHash"] != hash(&content) {
+            return Err(("InvalidDocument", "the hash is another".to_owned()));
+        }
+        if body["Comment"].as_str().is_some_and(|c| c.len() > 100) {
+            return Err((
+                "ValidationException",
+                "a comment of more than 100 characters".to_owned(),
+            ));
+        }
+        let seconds = body["TimeoutSeconds"].as_u64().unwrap_or(3600);
+        if !(30..=2_592_000).contains(&seconds) {
+            return Err(("ValidationException", "TimeoutSeconds".to_owned()));
+        }
+        let ids: Vec<&str> = body["InstanceIds"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
+        if ids.len() > 50 {
+            return Err(("ValidationException", "more than 50 instances".to_owned()));
+        }
+        let targets = body["Targets"].as_array().cloned().unwrap_or_default();
+        let meant = |host: &&Host| {
+            ids.contains(&&host.id[..])
+                || (!targets.is_empty()
+                    && targets.iter().all(|target| {
+                        let values: Vec<&str> = target["Values"]
+                            .as_array()
+                            .into_iter()
+                            .flatten()
+                            .filter_map(Value::as_str)
+                            .collect();
+                        matches(host, target["Key"].as_str().unwrap_or_default(), &values)
+                    }))
+        };
+        let hosts: Vec<Host> = state.hosts.iter().filter(meant).cloned().collect();
+        if let Some(unknown) = ids.iter().find(|id| !hosts.iter().any(|h| h.id == **id)) {
+            return Err(("InvalidInstanceId", (*unknown).to_owned()));
+        }
+        let given: BTreeMap<String, String> = body["Parameters"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter_map(|(name, values)| Some((name.clone(), values[0].as_str()?.to_owned())))
+            .collect();
+        state.next += 1;
+        let id = format!("00000000-0000-4000-8000-{:012}", state.next);
+        let pending = |host: &Host| Invocation {
+            host: host.id.clone(),
+            status: "Pending",
+            details: "Pending",
+            output: String::new(),
+            errors: String::new(),
+            code: -1,
+            group: None,
+        };
+        state.commands.insert(
+            id.clone(),
+            Sent {
+                document: name.clone(),
+                invocations: hosts.iter().map(pending).collect(),
+                cancelled: false,
+                sent: Instant::now(),
+            },
+        );
+        drop(state);
+        let spread = |key: &str, default: usize| share(body[key].as_str(), hosts.len(), default);
+        let run = Run {
+            inside: self.clone(),
+            command: id.clone(),
+            content,
+            given,
+            at_once: spread("MaxConcurrency", 50).max(1),
+            errors: spread("MaxErrors", 0),
+            delivery: Duration::from_secs(seconds),
+        };
+        std::thread::spawn(move || run.all(&hosts));
+        Ok(json!({"Command": {"CommandId": id, "DocumentName": name, "Status": "Pending"}}))
+    }
+
+    fn list(&self, body: &Value) -> Answer {
+        let state = self.state();
+        let id = body["CommandId"].as_str().unwrap_or_default();
+        let sent = state
+            .commands
+            .get(id)
+            .ok_or(("InvalidCommandId", id.to_owned()))?;
+        let details = body["Details"] == true;
+        // The service knows of a command a moment after it gave its id.
+        if sent.sent.elapsed() < Duration::from_millis(300) {
+            return Ok(json!({"CommandInvocations": []}));
+        }
+        let from = token(body);
+        let page: Vec<Value> = sent
+            .invocations
+            .iter()
+            .skip(from)
+            .take(PAGE)
+            .map(|one| {
+                let plugins = if details {
+                    vec![json!({"Name": "step", "Status": one.status, "ResponseCode": one.code, "Output": cut(&format!("{}{}", one.output, errors_section(&one.errors)), SHOWN)})]
+                } else {
+                    Vec::new()
+                };
+                json!({"CommandId": id, "InstanceId": one.host, "DocumentName": sent.document, "Status": one.status, "StatusDetails": one.details, "CommandPlugins": plugins})
+            })
+            .collect();
+        Ok(paged(
+            json!({"CommandInvocations": page}),
+            from + PAGE,
+            sent.invocations.len(),
+        ))
+    }
+
+    fn get(&self, body: &Value) -> Answer {
+        let state = self.state();
+        let id = body["CommandId"].as_str().unwrap_or_default();
+        let sent = state
+            .commands
+            .get(id)
+            .ok_or(("InvalidCommandId", id.to_owned()))?;
+        let one = sent
+            .invocations
+            .iter()
+            .find(|i| i.host == body["InstanceId"].as_str().unwrap_or_default());
+        let one = one
+            .filter(|_| sent.sent.elapsed() > Duration::from_millis(300))
+            .ok_or(("InvocationDoesNotExist", String::new()))?;
+        Ok(json!({
+            "CommandId": id, "InstanceId": one.host, "Status": one.status, "StatusDetails": one.details, "ResponseCode": one.code,
+            "StandardOutputContent": cut(&one.output, 24_000), "StandardErrorContent": cut(&one.errors, 8_000),
+        }))
+    }
+
+    fn cancel(&self, body: &Value) -> Answer {
+        let mut state = self.state();
+        let id = body["CommandId"].as_str().unwrap_or_default();
+        let sent = state
+            .commands
+            .get_mut(id)
+            .ok_or(("InvalidCommandId", id.to_owned()))?;
+        sent.cancelled = true;
+        for one in sent
+            .invocations
+            .iter_mut()
+            .filter(|i| matches!(i.status, "Pending" | "InProgress"))
+        {
+            match one.group {
+                Some(group) => {
+                    one.status = "Cancelling";
+                    one.details = "Cancelling";
+                    kill(group);
+                }
+                None => (one.status, one.details) = ("Cancelled", "Cancelled"),
+            }
+        }
+        Ok(json!({}))
+    }
+}
+
+type Answer = Result<Value, (&'static str, String)>;
+
+fn errors_section(errors: &str) -> String {
+    if errors.is_empty() {
+        String::new()
+    } else {
+        format!("\n----------ERROR-------\n{errors}")
+    }
+}
+
+fn cut(text: &str, most: usize) -> String {
+    text.chars().take(most).collect()
+}
+
+fn hash(content: &Value) -> String {
+    hex::encode(Sha256::digest(content.to_string()))
+}
+
+fn token(body: &Value) -> usize {
+    body["NextToken"]
+        .as_str()
+        .and_then(|t| t.parse().ok())
+        .unwrap_or(0)
+}
+
+fn paged(mut value: Value, next: usize, of: usize) -> Value {
+    if next < of {
+        value["NextToken"] = json!(next.to_string());
+    }
+    value
+}
+
+fn matches(host: &Host, key: &str, values: &[&str]) -> bool {
+    match key.split_once(':') {
+        Some(("tag", name)) => host.tags.get(name).is_some_and(|v| values.contains(&&v[..])),
+        Some(("resource-groups", _)) => host.tags.get("group").is_some_and(|v| values.contains(&&v[..])),
+        _ => key == "InstanceIds" && values.contains(&&host.id[..]),
+    }
+}
+
+/// `50` or `10%` of so many.
+fn share(text: Option<&str>, of: usize, default: usize) -> usize {
+    match text {
+        Some(text) => match text.strip_suffix('%') {
+            Some(percent) => percent.parse::<usize>().map_or(default, |p| of * p / 100),
+            None => text.parse().unwrap_or(default),
+        },
+        None => default,
+    }
+}
+
+/// One command on its way through its hosts.
+struct Run {
+    inside: Arc<Inside>,
+    command: String,
+    content: Value,
+    given: BTreeMap<String, String>,
+    at_once: usize,
+    errors: usize,
+    delivery: Duration,
+}
+
+impl Run {
+    fn all(self, hosts: &[Host]) {
+        let run = Arc::new(self);
+        let running = Arc::new(Mutex::new(0usize));
+        for (index, host) in hosts.iter().enumerate() {
+            loop {
+                let mut state = run.inside.state();
+                let Some(sent) = state.commands.get_mut(&run.command) else {
+                    return;
+                };
+                let failed = sent
+                    .invocations
+                    .iter()
+                    .filter(|i| matches!(i.status, "Failed" | "TimedOut"))
+                    .count();
+                if failed > run.errors && sent.invocations[index].status == "Pending" {
+                    (sent.invocations[index].status, sent.invocations[index].details) =
+                        ("Cancelled", "Terminated");
+                    break;
+                }
+                if sent.cancelled {
+                    break;
+                }
+                let mut now = running.lock().unwrap_or_else(PoisonError::into_inner);
+                if *now < run.at_once {
+                    *now += 1;
+                    drop(now);
+                    drop(state);
+                    match &host.fate {
+                        // Only these take time of their own.
+                        Fate::Executes(_) | Fate::Silent => {
+                            let (run, host, running) = (run.clone(), host.clone(), running.clone());
+                            std::thread::spawn(move || {
+                                run.one(index, &host);
+                                *running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+                                run.inside.changed.notify_all();
+                            });
+                        }
+                        _ => {
+                            run.one(index, host);
+                            *running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+                        }
+                    }
+                    break;
+                }
+                drop(now);
+                drop(run.inside.changed.wait_timeout(state, Duration::from_millis(100)));
+            }
+        }
+    }
+
+    fn set(&self, index: usize, change: impl FnOnce(&mut Invocation)) {
+        let mut state = self.inside.state();
+        if let Some(one) = state
+            .commands
+            .get_mut(&self.command)
+            .and_then(|s| s.invocations.get_mut(index))
+        {
+            change(one);
+        }
+    }
+
+    fn end(
+        &self,
+        index: usize,
+        status: &'static str,
+        details: &'static str,
+        code: i32,
+        output: String,
+        errors: String,
+    ) {
+        self.set(index, |one| {
+            *one = Invocation {
+                host: one.host.clone(),
+                status,
+                details,
+                output,
+                errors,
+                code,
+                group: None,
+            };
+        });
+    }
+
+    fn one(&self, index: usize, host: &Host) {
+        let nothing = String::new;
+        match &host.fate {
+            Fate::Says(text) => self.end(index, "Success", "Success", 0, text.clone(), nothing()),
+            Fate::Skips => self.end(index, "Success", "Success", 0, nothing(), nothing()),
+            Fate::Fails => self.end(index, "Failed", "Failed", 1, nothing(), "on purpose".to_owned()),
+            Fate::Undeliverable => self.end(index, "Failed", "Undeliverable", -1, nothing(), nothing()),
+            Fate::TooLong => self.end(index, "TimedOut", "Execution Timed Out", -1, nothing(), nothing()),
+            Fate::Denied => self.end(index, "Failed", "Access Denied", -1, nothing(), nothing()),
+            Fate::Silent => {
+                std::thread::sleep(self.delivery.min(Duration::from_secs(60)));
+                self.set(index, |one| {
+                    if one.status == "Pending" {
+                        (one.status, one.details) = ("TimedOut", "Delivery Timed Out");
+                    }
+                });
+            }
+            Fate::Executes(environment) => {
+                self.set(index, |one| {
+                    (one.status, one.details) = ("InProgress", "In Progress")
+                });
+                match self.execute(index, host, environment) {
+                    Ok(()) => (),
+                    Err(error) => self.end(index, "Failed", "Failed", 1, nothing(), format!("{error:#}")),
+                }
+            }
+        }
+    }
+
+    fn execute(&self, index: usize, host: &Host, environment: &[(String, String)]) -> Result<()> {
+        let steps = document::render(&self.content, &self.given, host.platform)?;
+        let (mut output, mut errors, mut code) = (String::new(), String::new(), 0);
+        for step in &steps {
+            ensure!(
+                step.action == "aws:runShellScript",
+                "{}: this lab's hosts do not run {}",
+                step.name,
+                step.action
+            );
+            let ended = self.script(index, host, step, environment)?;
+            output += &ended.1;
+            errors += &ended.2;
+            if ended.0 != 0 {
+                code = ended.0;
+            }
+        }
+        let cancelled = self
+            .inside
+            .state()
+            .commands
+            .get(&self.command)
+            .is_some_and(|s| s.cancelled);
+        match code {
+            0 | 168 => self.end(
+                index,
+                "Success",
+                "Success",
+                code,
+                output,
+                if code == 168 { String::new() } else { errors },
+            ),
+            _ if cancelled => self.end(index, "Cancelled", "Cancelled", code, output, errors),
+            124 => self.end(index, "TimedOut", "Execution Timed Out", -1, output, errors),
+            _ => self.end(index, "Failed", "Failed", code, output, errors),
+        }
+        Ok(())
+    }
+
+    fn script(
+        &self,
+        index: usize,
+        host: &Host,
+        step: &Step,
+        environment: &[(String, String)],
+    ) -> Result<(i32, String, String)> {
+        let path = self
+            .inside
+            .folder
+            .path()
+            .join(format!("{}-{}-{}.sh", self.command, host.id, step.name));
+        std::fs::write(&path, &step.script)?;
+        let mut child = Command::new("sh")
+            .arg(&path)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .envs(environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        let group = i32::try_from(child.id())?;
+        self.set(index, |one| one.group = Some(group));
+        let (mut out, mut err) = (
+            child.stdout.take().context("no output")?,
+            child.stderr.take().context("no errors")?,
+        );
+        let reader = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            let _ = err.read_to_end(&mut text);
+            text
+        });
+        let over = Instant::now() + Duration::from_secs(step.timeout);
+        let watch = std::thread::spawn({
+            let inside = self.inside.clone();
+            let command = self.command.clone();
+            move || {
+                while Instant::now() < over {
+                    let state = inside.state();
+                    let runs = state
+                        .commands
+                        .get(&command)
+                        .and_then(|s| s.invocations.get(index))
+                        .is_some_and(|i| i.group == Some(group));
+                    drop(state);
+                    if !runs {
+                        return false;
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                kill(group);
+                true
+            }
+        });
+        let mut text = Vec::new();
+        let _ = out.read_to_end(&mut text);
+        let status = child.wait()?;
+        self.set(index, |one| one.group = None);
+        let late = watch.join().unwrap_or(false);
+        let errors = reader.join().unwrap_or_default();
+        let code = if late {
+            124
+        } else {
+            status
+                .code()
+                .or_else(|| status.signal().map(|s| 128 + s))
+                .unwrap_or(1)
+        };
+        Ok((
+            code,
+            String::from_utf8_lossy(&text).into_owned(),
+            String::from_utf8_lossy(&errors).into_owned(),
+        ))
+    }
+}
