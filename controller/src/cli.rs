@@ -22,7 +22,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Capture a host
-    Capture(capture::Args),
+    Capture(Box<capture::Args>),
     /// Watch an order until every host is done
     Watch(watch::Args),
     /// How far each host of an order is

@@ -325,7 +325,8 @@ fn the_documents_are_valid_and_twenty_broken_ones_are_not() {
         validate(&document(name)).unwrap();
     }
     let good = document("Stillframe-Capture");
-    let breaks: [(&str, &dyn Fn(&mut Value)); 20] = [
+    type Break<'a> = (&'a str, &'a dyn Fn(&mut Value));
+    let breaks: [Break; 20] = [
         ("another schema", &|d| d["schemaVersion"] = json!("1.2")),
         ("no description", &|d| d["description"] = json!("")),
         ("a key that is none", &|d| d["comment"] = json!("x")),

@@ -691,7 +691,7 @@ mod tests {
             let expected = if name == "manifest.json" { Verdict::Incomplete } else { Verdict::Tampered };
             prop_assert_eq!(report.verdict, expected, "{}", name);
             // A deleted event is known by its number alone.
-            let start = name.split_once('-').filter(|_| name.starts_with("progress/")).map_or(&name[..], |(start, _)| start);
+            let start = name.split_once('-').filter(|_| name.starts_with("progress/")).map_or(name.as_str(), |(start, _)| start);
             prop_assert!(name == "manifest.json" || report.findings.iter().any(|f| f.object.starts_with(start)), "{} {:?}", name, report.findings);
         }
 

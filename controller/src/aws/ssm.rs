@@ -399,7 +399,7 @@ fn told(line: &str) -> Option<Told> {
 
 fn state(status: &str, details: &str, told: Option<&Told>) -> State {
     let squeezed: String = details.chars().filter(|c| !c.is_whitespace()).collect();
-    match &squeezed[..] {
+    match squeezed.as_str() {
         "DeliveryTimedOut" => return State::DeliveryTimedOut,
         "ExecutionTimedOut" => return State::ExecutionTimedOut,
         "Undeliverable" => return State::Undeliverable,
@@ -407,7 +407,7 @@ fn state(status: &str, details: &str, told: Option<&Told>) -> State {
         "AccessDenied" => return State::AccessDenied,
         _ => (),
     }
-    match (status, told.map(|t| &t.outcome[..])) {
+    match (status, told.map(|t| t.outcome.as_str())) {
         ("Pending", _) => State::Pending,
         ("InProgress", _) => State::InProgress,
         ("Delayed", _) => State::Delayed,

@@ -263,7 +263,7 @@ impl Place for Bucket {
         }
         for entry in chain.segments() {
             let key = entry.key().to_string();
-            let stated = here.get(&key[..]).and_then(|s| s.version_id.as_deref());
+            let stated = here.get(key.as_str()).and_then(|s| s.version_id.as_deref());
             if let (Some(stated), Some(answered)) = (stated, entry.receipt.version_id.as_deref())
                 && stated != answered
             {

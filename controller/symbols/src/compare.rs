@@ -57,8 +57,11 @@ fn symbols(ours: &[Symbol], theirs: &[Symbol], names_only: bool) -> Option<Strin
     if ours.len() == theirs.len() && ours.iter().zip(theirs).all(alike) {
         return None;
     }
-    let known: BTreeMap<(&str, u8), u64> = ours.iter().map(|s| ((&s.name[..], s.kind), address(s))).collect();
-    let differ = |s: &&Symbol| known.get(&(&s.name[..], s.kind)) != Some(&address(s));
+    let known: BTreeMap<(&str, u8), u64> = ours
+        .iter()
+        .map(|s| ((s.name.as_str(), s.kind), address(s)))
+        .collect();
+    let differ = |s: &&Symbol| known.get(&(s.name.as_str(), s.kind)) != Some(&address(s));
     Some(format!(
         "kallsyms: {} symbols in the image, {} in the running kernel, {} of those elsewhere or absent",
         ours.len(),
@@ -137,7 +140,7 @@ mod tests {
     fn hidden_addresses_hide_nothing_else() {
         let hidden: String = KALLSYMS
             .lines()
-            .map(|l| format!("0000000000000000{}\n", &l[16..]))
+            .map(|l| format!("0000000000000000{}\n", l.split_at(16).1))
             .collect();
         let kernel = Kernel::from_files(&files(KALLSYMS)).unwrap();
         let same = compare(&kernel, &files(&hidden));

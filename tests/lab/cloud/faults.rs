@@ -94,7 +94,7 @@ impl Faults {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-        if z % one_in != 0 || list.is_empty() {
+        if !z.is_multiple_of(one_in) || list.is_empty() {
             return None;
         }
         self.hit.fetch_add(1, Ordering::SeqCst);

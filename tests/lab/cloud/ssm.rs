@@ -199,7 +199,7 @@ impl Inside {
     fn handle(self: &Arc<Self>, request: &Request) -> Response {
         let calls = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let throttle = self.throttle.load(Ordering::SeqCst);
-        if throttle > 0 && calls % throttle == 0 {
+        if throttle > 0 && calls.is_multiple_of(throttle) {
             return refused("ThrottlingException", "Rate exceeded");
         }
         let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
