@@ -179,7 +179,7 @@ impl Putter {
         // Answers are never waited for by the one who gives them.
         let (done, taken) = channel();
         // What is behind a segment that was not stored is not begun: of some artifacts it could not be read.
-        let ended: Arc<Mutex<BTreeSet<Artifact>>> = Arc::default();
+        let ended: Arc<Mutex<Ended>> = Arc::default();
         let start = |jobs: Arc<Mutex<Receiver<Put>>>| {
             let (done, ended) = (done.clone(), ended.clone());
             let work = move || {
@@ -284,23 +284,37 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn take(store: &dyn Store, job: Put, ended: &Mutex<BTreeSet<Artifact>>) -> Taken {
+/// What goes no further.
+#[derive(Default)]
+struct Ended {
+    artifacts: BTreeSet<Artifact>,
+    chain: bool,
+}
+
+fn take(store: &dyn Store, job: Put, ended: &Mutex<Ended>) -> Taken {
+    let no_further = || Err(io::Error::other("one before it was not stored").into());
     match job {
         Put::Segment(Packed { bytes, mut entry }, step) => {
-            let result = if lock(ended).contains(&entry.artifact) {
-                Err(io::Error::other("one before it was not stored").into())
+            let result = if lock(ended).artifacts.contains(&entry.artifact) {
+                no_further()
             } else {
                 store
                     .put(&entry.key(), &bytes)
                     .map(|receipt| entry.receipt = receipt)
             };
             if result.is_err() {
-                lock(ended).insert(entry.artifact.clone());
+                lock(ended).artifacts.insert(entry.artifact.clone());
             }
             Taken::Segment(entry, step, result, bytes)
         }
         Put::Event(key, bytes, event) => {
-            let result = store.put(&key, &bytes).map(|_| ());
+            // An event behind one that is missing would look like tampering.
+            let result = if lock(ended).chain {
+                no_further()
+            } else {
+                store.put(&key, &bytes).map(|_| ())
+            };
+            lock(ended).chain |= result.is_err();
             Taken::Event(key, event, result)
         }
     }

@@ -19,7 +19,7 @@ use stillframe_evidence::{
     root::Hash,
     signature::split,
     text::{Text, json_line},
-    verdict::{Anchor, Objects},
+    verdict::{Anchor, Finding, Objects},
 };
 
 /// A store.
@@ -244,6 +244,23 @@ impl Objects for Stored {
     }
 
     fn anchor(&self, chain: &Chain) -> Anchor {
+        // Where an order of this id was written down, the chain must answer that order and no other.
+        let opening = chain.opening();
+        let order = opening.and_then(|o| {
+            let bytes = self
+                .place
+                .get(&order_key(&o.order.case, self.id), MAX_ORDER)
+                .ok()?;
+            serde_json::from_slice::<serde_json::Value>(&bytes).ok()
+        });
+        if let (Some(order), Some(opening)) = (order, opening)
+            && order.get("nonce").and_then(|n| n.as_str()) != Some(opening.order.nonce.as_str())
+        {
+            return Anchor::Contradicted(vec![Finding {
+                object: "progress/000001-…".to_owned(),
+                why: "does not answer the order of this id: its nonce is another".to_owned(),
+            }]);
+        }
         self.place.anchor(&self.prefix(), chain)
     }
 }

@@ -223,6 +223,7 @@ pub fn verify(
         unread: false,
         broken: false,
         unread_event: false,
+        lost: false,
     };
     let manifest = audit.run();
     audit.judge(manifest, expect_key, salvage);
@@ -238,6 +239,8 @@ struct Audit<'a> {
     broken: bool,
     /// The break is an event that could not be read.
     unread_event: bool,
+    /// A segment of which the agent did not know whether it was stored is not there.
+    lost: bool,
 }
 
 /// Both may hold what a store called its objects.
@@ -374,7 +377,7 @@ impl Audit<'_> {
             let Some(size) = present.remove(&key) else {
                 if lossy && !entry.receipt.confirmed {
                     // The agent never said that it is there.
-                    self.unread = true;
+                    self.lost = true;
                     self.unproven(&key, "is not there; the store's answer to it was lost");
                 } else {
                     self.wrong(&key, "acknowledged by the chain, and not there");
@@ -510,6 +513,11 @@ impl Audit<'_> {
             (
                 Verdict::Salvaged,
                 "no manifest; what the chain acknowledged is right".to_owned(),
+            )
+        } else if self.lost {
+            (
+                Verdict::Incomplete,
+                "what the store never confirmed is not there".to_owned(),
             )
         } else if !manifest {
             let why = "no manifest: the capture is under way, was killed, or its end was deleted";

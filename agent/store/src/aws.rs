@@ -21,7 +21,6 @@ use aws_smithy_http_client::{
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
 use aws_types::region::Region;
-use base64::Engine as _;
 use std::{path::PathBuf, time::Duration};
 
 /// How AWS is reached, where it is not as the SDK's variables say (`AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_USE_FIPS_ENDPOINT`,
@@ -128,24 +127,19 @@ pub fn client(reach: &Reach) -> Result<aws_smithy_runtime_api::client::http::Sha
         .ca_bundle
         .clone()
         .or_else(|| std::env::var_os("AWS_CA_BUNDLE").map(PathBuf::from));
+    let roots = match &bundle {
+        Some(path) => std::fs::read_to_string(path)
+            .map_err(|error| format!("the CA bundle {}: {error}", path.display()))?,
+        None => ROOTS.to_owned(),
+    };
     let mut trust = TrustStore::empty();
-    match bundle {
-        Some(path) => {
-            let pem = std::fs::read_to_string(&path)
-                .map_err(|error| format!("the CA bundle {}: {error}", path.display()))?;
-            let certificates: Vec<&str> = certificates(&pem).collect();
-            if certificates.is_empty() {
-                return Err(format!("the CA bundle {}: no certificate in it", path.display()));
-            }
-            for certificate in certificates {
-                trust.add_pem_certificate(certificate);
-            }
-        }
-        None => {
-            for root in webpki_root_certs::TLS_SERVER_ROOT_CERTS {
-                trust.add_pem_certificate(pem(root));
-            }
-        }
+    let mut any = false;
+    for certificate in certificates(&roots) {
+        trust.add_pem_certificate(certificate);
+        any = true;
+    }
+    if let (false, Some(path)) = (any, &bundle) {
+        return Err(format!("the CA bundle {}: no certificate in it", path.display()));
     }
     let tls = TlsContext::builder()
         .with_trust_store(trust)
@@ -156,6 +150,9 @@ pub fn client(reach: &Reach) -> Result<aws_smithy_runtime_api::client::http::Sha
         .tls_context(tls)
         .build_https())
 }
+
+/// The roots built in: those of AWS. An S3 server elsewhere needs a bundle of its own.
+const ROOTS: &str = include_str!("roots.pem");
 
 const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
 const END: &str = "-----END CERTIFICATE-----";
@@ -168,29 +165,35 @@ fn certificates(bundle: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-fn pem(der: &[u8]) -> String {
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let lines: Vec<&str> = text
-        .as_bytes()
-        .chunks(64)
-        .filter_map(|line| std::str::from_utf8(line).ok())
-        .collect();
-    format!("{BEGIN}\n{}\n{END}\n", lines.join("\n"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_bundle_is_taken_apart_and_its_prose_left_out() {
-        let one = pem(b"one");
-        let bundle = format!("# Root A\n{one}\nRoot B\n{}tail", pem(&[7; 100]));
+        let bundle = format!("# Root A\n{BEGIN}\nQQ==\n{END}\nRoot B\n{BEGIN}\nQg==\n{END} tail");
         let found: Vec<&str> = certificates(&bundle).collect();
         assert_eq!(found.len(), 2);
-        assert_eq!(found[0], one.trim_end());
+        assert_eq!(found[0], format!("{BEGIN}\nQQ==\n{END}"));
         assert_eq!(certificates("nothing").count(), 0);
         assert_eq!(certificates(BEGIN).count(), 0);
+    }
+
+    /// Each is what the line above it says.
+    #[test]
+    fn the_roots_built_in_are_those_of_their_hashes() {
+        use base64::Engine as _;
+        let sums: Vec<&str> = ROOTS
+            .lines()
+            .filter_map(|l| l.strip_prefix("# "))
+            .filter(|l| l.len() == 64)
+            .collect();
+        assert_eq!((sums.len(), certificates(ROOTS).count()), (5, 5));
+        for (sum, certificate) in sums.iter().zip(certificates(ROOTS)) {
+            let body: String = certificate.lines().filter(|l| !l.starts_with('-')).collect();
+            let der = base64::engine::general_purpose::STANDARD.decode(body).unwrap();
+            assert_eq!(stillframe_evidence::root::Hash::of(&der).to_string(), *sum);
+        }
     }
 
     #[test]

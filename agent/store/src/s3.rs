@@ -335,7 +335,8 @@ fn judge(error: &SdkError<PutObjectError, HttpResponse>) -> Fate {
                 )
                 | (403, Some("RequestTimeTooSkewed" | "ExpiredToken" | "SignatureDoesNotMatch"))
                 | (429, _) => Fate::Failed,
-                (503, _) => Fate::Failed,
+                // A 503 that is not S3's own may come from something on the way that had passed the request on.
+                (503, Some("SlowDown")) => Fate::Failed,
                 (500..=599, _) => Fate::Unknown,
                 _ => Fate::Refused,
             }

@@ -4,6 +4,7 @@
 use anyhow::{Context as _, Result, anyhow, bail};
 use aws_sdk_ssm::{
     Client,
+    config::retry::RetryConfig,
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     types::{CommandInvocation, DocumentHashType, InstanceInformationStringFilter, Target},
 };
@@ -238,13 +239,15 @@ impl Ssm {
         })
     }
 
-    /// The hosts that are meant, as far as Systems Manager knows them.
-    pub fn hosts(&self, targets: &Targets) -> Result<Vec<Host>> {
+    /// The hosts that are meant, as far as Systems Manager knows them; nothing for a resource group, which it resolves when a command is sent.
+    pub fn hosts(&self, targets: &Targets) -> Result<Option<Vec<Host>>> {
+        if matches!(targets, Targets::Keys(keys) if !keys.keys().all(|key| key.starts_with("tag:"))) {
+            return Ok(None);
+        }
         let filters: Vec<(String, Vec<String>)> = match targets {
             Targets::Instances(ids) => vec![("InstanceIds".to_owned(), ids.clone())],
             Targets::Keys(keys) => keys
                 .iter()
-                .filter(|(key, _)| key.starts_with("tag:"))
                 .map(|(key, values)| (key.clone(), values.clone()))
                 .collect(),
         };
@@ -281,7 +284,7 @@ impl Ssm {
             }));
             token = answer.next_token().filter(|t| !t.is_empty()).map(str::to_owned);
             if token.is_none() {
-                return Ok(hosts);
+                return Ok(Some(hosts));
             }
         }
     }
@@ -324,10 +327,22 @@ impl Ssm {
                     .collect(),
             )),
         };
-        let answer = self
-            .runtime
-            .block_on(request.send())
-            .map_err(|error| said(&error))?;
+        // Never sent twice for an answer that was lost: two agents of one capture would contradict each other. What was throttled was not taken.
+        let mut tries = 0;
+        let answer = loop {
+            tries += 1;
+            let once = aws_sdk_ssm::config::Config::builder().retry_config(RetryConfig::disabled());
+            match self
+                .runtime
+                .block_on(request.clone().customize().config_override(once).send())
+            {
+                Ok(answer) => break answer,
+                Err(error) if error.code() == Some("ThrottlingException") && tries < ATTEMPTS => {
+                    std::thread::sleep(PACE.saturating_mul(tries));
+                }
+                Err(error) => return Err(said(&error)),
+            }
+        };
         let id = answer.command().and_then(|c| c.command_id());
         id.map(str::to_owned).context("the service gave no command id")
     }
@@ -373,7 +388,13 @@ impl Ssm {
 }
 
 fn invocation(one: &CommandInvocation) -> Invocation {
-    let outputs: Vec<&str> = one.command_plugins().iter().filter_map(|p| p.output()).collect();
+    // What a host says of the other platform's step is nothing that happened.
+    let outputs: Vec<&str> = one
+        .command_plugins()
+        .iter()
+        .filter_map(|p| p.output())
+        .filter(|output| !output.contains("Step execution skipped"))
+        .collect();
     let told = outputs.iter().flat_map(|o| o.lines()).find_map(told);
     let last = outputs
         .iter()

@@ -61,7 +61,7 @@ impl Order {
     pub fn command(&self) -> Result<&str> {
         self.command.as_deref().ok_or_else(|| {
             anyhow::anyhow!(
-                "the order {} was written down and never sent: order anew",
+                "the order {} was written down, and no command of it: it was not sent, or the answer was lost; look for its comment in Run Command's history",
                 self.capture
             )
         })

@@ -34,12 +34,21 @@ struct Done<'a> {
 pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
     let (_, order) = Order::find(&args.at, &args.capture)?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
-    let running: Vec<String> = ssm
-        .invocations(order.command()?)?
-        .into_iter()
-        .filter(|i| i.state == State::InProgress)
-        .map(|i| i.host)
-        .collect();
+    let invocations = ssm.invocations(order.command()?)?;
+    let of = |states: &[State]| -> Vec<String> {
+        let found = invocations.iter().filter(|i| states.contains(&i.state));
+        found.map(|i| i.host.clone()).collect()
+    };
+    // Who has not begun must not begin: there is nothing to close there.
+    let waiting = of(&[State::Pending, State::Delayed]);
+    if !waiting.is_empty() {
+        ssm.cancel(order.command()?, &waiting)?;
+        ui.say(&format!("cancelled before it began on {}", waiting.join(", ")));
+    }
+    let running = of(&[State::InProgress]);
+    if running.is_empty() && !waiting.is_empty() {
+        return Ok(0);
+    }
     if running.is_empty() {
         bail!(
             "no host is at capture {} any more; stillframe status",

@@ -7,13 +7,13 @@ use crate::{
     stored::Store,
     ui::{Ui, bytes},
 };
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args as ClapArgs;
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use stillframe_evidence::{chain::What, layout::CaptureId, text::printable, verdict::count};
 
@@ -29,6 +29,8 @@ pub struct Args {
 /// Hosts whose progress is looked up each time round.
 const LOOKED_UP: usize = 4;
 const BETWEEN: Duration = Duration::from_secs(2);
+/// A command without any host by then has none.
+const NOBODY: Duration = Duration::from_secs(60);
 
 /// What is known of an order.
 #[derive(Serialize)]
@@ -103,9 +105,15 @@ pub fn follow(store: &Store, order: &Order, ssm: &Ssm, ui: &Ui) -> Result<u8> {
     let mut known: BTreeMap<String, Progress> = BTreeMap::new();
     let mut told: BTreeMap<String, String> = BTreeMap::new();
     let mut turn = 0;
+    let began = Instant::now();
     loop {
         // It is normal that the service knows nothing of a command for a moment.
         let invocations = ssm.invocations(command)?;
+        if invocations.is_empty() && began.elapsed() > NOBODY {
+            bail!(
+                "Systems Manager knows of no host that got command {command}: has any that tag, or is any in that group?"
+            );
+        }
         let running: Vec<&Invocation> = invocations
             .iter()
             .filter(|i| i.state == State::InProgress)

@@ -28,6 +28,9 @@ use tokio::runtime::Runtime;
 /// How often the SDK tries.
 const ATTEMPTS: u32 = 6;
 
+/// Seconds between the store's answer to a put and what it states of the object: retries lie between them.
+const APART: i64 = 15 * 60;
+
 /// A bucket and a prefix in it.
 pub struct Bucket {
     runtime: Runtime,
@@ -165,6 +168,9 @@ impl Bucket {
             if page.is_truncated() != Some(true) {
                 return Ok(counts);
             }
+            if page.next_key_marker().is_none() {
+                return Err("a list of versions that is cut off without saying where".to_owned());
+            }
             (key, version) = (
                 page.next_key_marker().map(str::to_owned),
                 page.next_version_id_marker().map(str::to_owned),
@@ -263,6 +269,15 @@ impl Place for Bucket {
         }
         for entry in chain.segments() {
             let key = entry.key().to_string();
+            let put = here.get(key.as_str()).and_then(|s| s.last_modified);
+            if let (Some(put), Some(answered)) = (put, entry.receipt.date)
+                && (put.as_second() - answered.as_second()).abs() > APART
+            {
+                wrong(
+                    &key,
+                    format!("was put at {put}; the store answered the agent at {answered}"),
+                );
+            }
             let stated = here.get(key.as_str()).and_then(|s| s.version_id.as_deref());
             if let (Some(stated), Some(answered)) = (stated, entry.receipt.version_id.as_deref())
                 && stated != answered

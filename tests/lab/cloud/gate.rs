@@ -163,6 +163,24 @@ impl Inside {
             .get(&claim.service)
             .cloned();
         if let Some(handler) = other {
+            let operation = request
+                .header("x-amz-target")
+                .rsplit('.')
+                .next()
+                .unwrap_or_default();
+            let question = Question {
+                action: &format!("{}:{operation}", claim.service),
+                resource: "*",
+                context: &BTreeMap::new(),
+            };
+            if let Err(why) = decide(&principal.policies, principal.session.as_ref(), None, &question)? {
+                let body = serde_json::json!({"__type": "AccessDeniedException", "message": why}).to_string();
+                return Ok(Reply::Whole(Response::new(
+                    400,
+                    "application/x-amz-json-1.1",
+                    body,
+                )));
+            }
             return Ok(handler(request.clone()));
         }
         if claim.service == "sts" {

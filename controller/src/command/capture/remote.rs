@@ -34,8 +34,11 @@ pub struct Remote {
     /// The SHA-256 that the agent on the host must have [default: that of the agent beside this program]
     #[arg(long)]
     pub agent_sha256: Option<Hash>,
-    /// Where the agent is on the hosts
-    #[arg(long, default_value = "/run/stillframe/stillframe-agent")]
+    /// The SHA-256 that the agent must have on Windows hosts
+    #[arg(long)]
+    pub windows_agent_sha256: Option<Hash>,
+    /// Where the agent is on Linux hosts
+    #[arg(long, default_value = "/opt/stillframe/stillframe-agent")]
     pub agent_path: String,
     /// Have the agent fetched first, from where S3 has it
     #[arg(long)]
@@ -117,7 +120,8 @@ struct Plan<'a> {
     capture: CaptureId,
     document: &'a Document,
     targets: &'a Targets,
-    hosts: Vec<Host>,
+    /// Nothing where only Systems Manager can say.
+    hosts: Option<Vec<Host>>,
     agent_sha256: &'a str,
     parameters: &'a BTreeMap<&'static str, String>,
 }
@@ -190,6 +194,11 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         ("TimeoutSeconds", remote.timeout.to_string()),
     ]
     .into();
+    parameters.extend(
+        remote
+            .windows_agent_sha256
+            .map(|hash| ("WindowsAgentSha256", hash.to_string())),
+    );
     parameters.extend(args.max_rate.map(|rate| ("MaxRate", rate.to_string())));
     parameters.extend(remote.host_endpoint_url.clone().map(|url| ("EndpointUrl", url)));
     if let Some(url) = &remote.agent_url {
@@ -220,7 +229,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let comment = format!("Stillframe {} {}", order.capture, order.case);
     let command = ssm.send(&order.document, &order.targets, &parameters, &spread, &comment)?;
     order.command = Some(command.clone());
-    order.keep(&store)?;
+    order.keep(&store).with_context(|| {
+        format!(
+            "capture {} was sent as command {command}, and that could not be written down",
+            order.capture
+        )
+    })?;
     let sent = Sent {
         capture: order.capture,
         command: &command,
@@ -250,7 +264,7 @@ fn text(plan: &Plan) -> String {
     for (name, value) in plan.parameters {
         lines.push(format!("  {name:<16} {}", printable(value.as_bytes())));
     }
-    for host in &plan.hosts {
+    for host in plan.hosts.iter().flatten() {
         lines.push(format!(
             "host              {}  {}  {}  SSM agent {}  {}",
             printable(host.id.as_bytes()),
@@ -260,8 +274,12 @@ fn text(plan: &Plan) -> String {
             printable(host.name.as_bytes())
         ));
     }
-    if plan.hosts.is_empty() {
-        lines.push("host              none that Systems Manager knows".to_owned());
+    match &plan.hosts {
+        None => lines.push("host              those of the resource group, when it is sent".to_owned()),
+        Some(hosts) if hosts.is_empty() => {
+            lines.push("host              none that Systems Manager knows".to_owned());
+        }
+        Some(_) => (),
     }
     lines.join("\n")
 }
