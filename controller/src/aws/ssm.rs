@@ -1,11 +1,12 @@
 //! Run Command: what is sent, and what became of it on each host. Statuses stay apart as Systems Manager has them, and a `Success` counts only with the
 //! line that the agent prints at its end: a step that a host skipped is a success, too.
 
+use super::said;
 use anyhow::{Context as _, Result, anyhow, bail};
 use aws_sdk_ssm::{
     Client,
     config::retry::RetryConfig,
-    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    error::{ProvideErrorMetadata, SdkError},
     types::{CommandInvocation, DocumentHashType, InstanceInformationStringFilter, Target},
 };
 use serde::{Deserialize, Serialize};
@@ -181,19 +182,12 @@ pub struct Told {
     pub why: Option<String>,
 }
 
-fn said<E, R>(error: &SdkError<E, R>) -> anyhow::Error
+fn refused<E, R>(error: &SdkError<E, R>) -> anyhow::Error
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
     R: std::fmt::Debug,
 {
-    match error.as_service_error() {
-        Some(service) => anyhow!(
-            "Systems Manager: {}: {}",
-            service.code().unwrap_or("an error without a code"),
-            service.message().unwrap_or("without a message")
-        ),
-        None => anyhow!("Systems Manager: {}", DisplayErrorContext(error)),
-    }
+    anyhow!("Systems Manager: {}", said(error))
 }
 
 impl Ssm {
@@ -226,7 +220,7 @@ impl Ssm {
             .runtime
             .block_on(self.client.describe_document().name(name).send())
             .map_err(|error| {
-                said(&error).context(format!("document {name}: has it been deployed in this region?"))
+                refused(&error).context(format!("document {name}: has it been deployed in this region?"))
             })?;
         let document = answer.document().context("no document in the answer")?;
         let (Some(version), Some(hash)) = (document.document_version(), document.hash()) else {
@@ -274,7 +268,7 @@ impl Ssm {
                         .set_next_token(token)
                         .send(),
                 )
-                .map_err(|error| said(&error))?;
+                .map_err(|error| refused(&error))?;
             hosts.extend(answer.instance_information_list().iter().map(|one| Host {
                 id: one.instance_id().unwrap_or_default().to_owned(),
                 ping: one.ping_status().map_or("", |p| p.as_str()).to_owned(),
@@ -340,7 +334,7 @@ impl Ssm {
                 Err(error) if error.code() == Some("ThrottlingException") && tries < ATTEMPTS => {
                     std::thread::sleep(PACE.saturating_mul(tries));
                 }
-                Err(error) => return Err(said(&error)),
+                Err(error) => return Err(refused(&error)),
             }
         };
         let id = answer.command().and_then(|c| c.command_id());
@@ -363,7 +357,7 @@ impl Ssm {
                         .set_next_token(token)
                         .send(),
                 )
-                .map_err(|error| said(&error))?;
+                .map_err(|error| refused(&error))?;
             found.extend(answer.command_invocations().iter().map(invocation));
             token = answer.next_token().filter(|t| !t.is_empty()).map(str::to_owned);
             if token.is_none() {
@@ -383,7 +377,7 @@ impl Ssm {
         self.runtime
             .block_on(request.send())
             .map(|_| ())
-            .map_err(|error| said(&error))
+            .map_err(|error| refused(&error))
     }
 }
 

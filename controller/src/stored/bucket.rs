@@ -2,10 +2,10 @@
 //! checksums, times. They are what anchors a capture.
 
 use super::Place;
+use crate::aws::said;
 use anyhow::{Context as _, Result, anyhow};
 use aws_sdk_s3::{
     Client,
-    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::ByteStream,
     types::{ChecksumAlgorithm, ChecksumMode, ObjectLockMode},
 };
@@ -176,22 +176,6 @@ impl Bucket {
                 page.next_version_id_marker().map(str::to_owned),
             );
         }
-    }
-}
-
-/// What the service said, in one line.
-fn said<E, R>(error: &SdkError<E, R>) -> String
-where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
-    R: std::fmt::Debug,
-{
-    match error.as_service_error() {
-        Some(service) => format!(
-            "{}: {}",
-            service.code().unwrap_or("an error without a code"),
-            service.message().unwrap_or("without a message")
-        ),
-        None => DisplayErrorContext(error).to_string(),
     }
 }
 
