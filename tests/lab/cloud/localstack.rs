@@ -29,9 +29,15 @@ impl LocalStack {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let folder = tempfile::tempdir()?;
         let log = std::fs::File::create(folder.path().join("log"))?;
-        let mut command = Command::new(python);
+        // It ends with whoever holds the other end of its standard input: tests keep it in a static, which nothing drops.
+        let mut command = Command::new("sh");
         command
-            .args(["-m", "localstack.runtime.main"])
+            .args([
+                "-c",
+                "\"$0\" -m localstack.runtime.main < /dev/null & read nothing; kill -9 $!; rm -rf \"$1\"",
+            ])
+            .arg(python)
+            .arg(folder.path())
             .current_dir(folder.path())
             .env("GATEWAY_LISTEN", format!("127.0.0.1:{port}"))
             .env("LOCALSTACK_HOST", format!("127.0.0.1:{port}"))
@@ -42,7 +48,7 @@ impl LocalStack {
                 ("SKIP_SSL_CERT_DOWNLOAD", "1"),
                 ("DNS_ADDRESS", "0"),
             ])
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0);
@@ -66,7 +72,7 @@ impl LocalStack {
 
 impl Drop for LocalStack {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        drop(self.child.stdin.take());
         let _ = self.child.wait();
     }
 }
