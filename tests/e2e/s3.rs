@@ -550,8 +550,18 @@ fn a_host_whose_power_is_taken_is_incomplete_and_salvaged() {
     let id = CaptureId::mint();
     let name = id.to_string();
     let mut guest = in_a_guest(cloud, id, "--max-rate 16");
-    while guest.console().matches("% of 511 MiB").count() < 8 {
-        guest.wait_for("% of 511 MiB").unwrap();
+    // What is told was put before: a third, so that an eighth is surely acknowledged.
+    let told = |console: String| {
+        let before = console
+            .rsplit_once(" % of 511 MiB")
+            .map(|(before, _)| before.to_owned());
+        before
+            .and_then(|b| b.rsplit(' ').next()?.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    guest.wait_for("% of 511 MiB").unwrap();
+    while told(guest.console()) < 33 {
+        assert!(!guest.console().contains("AGENT ENDED"), "{}", guest.console());
         std::thread::sleep(Duration::from_millis(200));
     }
     guest.power_off().unwrap();
