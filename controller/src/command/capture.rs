@@ -98,6 +98,9 @@ struct Done<'a> {
 /// Orders it.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     match (args.local, args.remote.is_meant()) {
+        (true, false) if args.remote.plan => {
+            bail!("--plan is for hosts; of this machine: stillframe-agent capture --plan --store DIR")
+        }
         (true, false) => local(args, ui),
         (false, true) => remote::run(args, ui),
         _ => bail!("say who: --local, or --instance, --tag or --resource-group"),

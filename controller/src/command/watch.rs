@@ -37,6 +37,7 @@ const NOBODY: Duration = Duration::from_secs(60);
 struct View<'a> {
     capture: CaptureId,
     command: &'a str,
+    store: &'a str,
     /// Hosts in each state.
     counts: BTreeMap<State, usize>,
     hosts: Vec<Line>,
@@ -198,6 +199,7 @@ fn view<'a>(
     Ok(View {
         capture: order.capture,
         command: order.command()?,
+        store: &order.store,
         counts: counts(invocations),
         hosts: invocations
             .iter()
@@ -252,6 +254,10 @@ fn table(view: &View, hosts: bool) -> String {
         count(view.hosts.len(), "host"),
         counted(&view.counts)
     ));
-    lines.push(format!("{:<16}  stillframe verify {}", "next", view.capture));
+    let store = printable(view.store.as_bytes());
+    lines.push(format!(
+        "{:<16}  stillframe verify {} --store {store}",
+        "next", view.capture
+    ));
     lines.join("\n")
 }
