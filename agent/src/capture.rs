@@ -673,6 +673,7 @@ impl Session<'_> {
         let footprint = self.footprint.clone();
         self.event(What::Closed(Closing { stopped, footprint }))?;
         self.drain()?;
+        self.spare.clear();
         let Some(chain) = self.chain.take() else {
             return Err(Failure::Format(Error::Chain(
                 "the chain was never opened".to_owned(),
@@ -717,7 +718,7 @@ fn identity() -> AgentIdentity {
 /// In small pieces: the whole program in memory would be more than the rest of the agent.
 fn hash(mut file: std::fs::File) -> io::Result<Hash> {
     let mut sha256 = Sha256::new();
-    let mut buffer = [0; 64 << 10];
+    let mut buffer = [0; 8 << 10];
     loop {
         let n = io::Read::read(&mut file, &mut buffer)?;
         match buffer.get(..n) {

@@ -117,7 +117,7 @@ pub struct Sizes {
     pub places: u32,
     /// Segments that are made at once: one for each thread, and some so that a thread with an easy one need not wait for the one before.
     pub ahead: usize,
-    /// Segments that may be on their way to the store when another is handed to it.
+    /// Segments that may be on their way to the store while another is made.
     pub in_flight: usize,
 }
 
@@ -126,11 +126,16 @@ impl Sizes {
     /// overwrite may be evidence; a large image gets fewer objects.
     pub fn of(total: u64, host: u64, threads: usize, at_once: usize) -> Self {
         let small = is_small(host);
-        let in_flight = at_once.saturating_sub(1).max(usize::from(!small));
+        // A small host has one buffer for a store that takes one at a time: there is not much to win by making the next one meanwhile.
+        let in_flight = if small {
+            at_once - at_once.min(1)
+        } else {
+            at_once.max(2)
+        };
         let ahead = threads + threads / 2;
         let least = if small { 1 << 20 } else { 4 << 20 };
         // All segments in memory together; and no more of them than a manifest can name.
-        let buffers = (ahead + in_flight + 1).max(2) as u64;
+        let buffers = (ahead + in_flight).max(2) as u64;
         let most = (BUFFERS / buffers).max(total >> 16).clamp(1 << 20, 16 << 20);
         Sizes {
             // What is read, hashed and compressed one after the other stays in a core's own cache.

@@ -21,9 +21,9 @@ const ENTRY: usize = 512;
 /// Bytes of a line of `SHA256SUMS`, about.
 const LINE: usize = 192;
 
-/// One artifact: its segments and their root.
+/// One artifact: its segments and their root. Where they stand in a chain, they are borrowed (`S`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ArtifactEntry {
+pub struct ArtifactEntry<S = SegmentEntry> {
     /// Its name.
     pub artifact: Artifact,
     /// Bytes as stored.
@@ -36,12 +36,12 @@ pub struct ArtifactEntry {
     /// Root over the SHA-256 of its segments.
     pub root: Hash,
     /// The segments in order.
-    pub segments: Vec<SegmentEntry>,
+    pub segments: Vec<S>,
 }
 
 /// What a whole capture is, on one page. Signed by the capture's key; the last object written.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct Manifest<S = SegmentEntry> {
     /// [`SCHEMA`].
     pub schema: String,
     /// The capture.
@@ -59,7 +59,7 @@ pub struct Manifest {
     /// The outcome of every step.
     pub outcomes: Vec<Outcome>,
     /// Every artifact, by name.
-    pub artifacts: Vec<ArtifactEntry>,
+    pub artifacts: Vec<ArtifactEntry<S>>,
     /// SHA-256 of every progress object, in order.
     pub events: Vec<Hash>,
     /// How the capture ended.
@@ -71,21 +71,23 @@ pub struct Manifest {
 }
 
 /// The artifacts of a chain, by name.
-pub fn artifacts(chain: &Chain) -> Vec<ArtifactEntry> {
+pub fn artifacts(chain: &Chain) -> Vec<ArtifactEntry<&SegmentEntry>> {
     let mut counts: BTreeMap<&Artifact, usize> = BTreeMap::new();
     for segment in chain.segments() {
         *counts.entry(&segment.artifact).or_default() += 1;
     }
     let room = |(artifact, count)| (artifact, Vec::with_capacity(count));
-    let mut by_name: BTreeMap<&Artifact, Vec<SegmentEntry>> = counts.into_iter().map(room).collect();
+    let mut by_name: BTreeMap<&Artifact, Vec<&SegmentEntry>> = counts.into_iter().map(room).collect();
     for segment in chain.segments() {
-        by_name
-            .entry(&segment.artifact)
-            .or_default()
-            .push(segment.clone());
+        by_name.entry(&segment.artifact).or_default().push(segment);
     }
-    let entry = |(artifact, segments): (&Artifact, Vec<SegmentEntry>)| ArtifactEntry {
-        artifact: artifact.clone(),
+    let entry = |(artifact, segments): (&Artifact, Vec<_>)| artifact_entry(artifact.clone(), segments);
+    by_name.into_iter().map(entry).collect()
+}
+
+fn artifact_entry(artifact: Artifact, segments: Vec<&SegmentEntry>) -> ArtifactEntry<&SegmentEntry> {
+    ArtifactEntry {
+        artifact,
         // Sums of what a hostile store claims must not overflow.
         stored: segments.iter().fold(0, |sum, s| sum.saturating_add(s.stored)),
         plain: segments.iter().fold(0, |sum, s| sum.saturating_add(s.plain)),
@@ -94,8 +96,21 @@ pub fn artifacts(chain: &Chain) -> Vec<ArtifactEntry> {
             .try_fold(0u64, |sum, s| s.records.map(|n| sum.saturating_add(n))),
         root: root(&segments.iter().map(|s| s.sha256).collect::<Vec<_>>()),
         segments,
-    };
-    by_name.into_iter().map(entry).collect()
+    }
+}
+
+impl ArtifactEntry<&SegmentEntry> {
+    /// The same, to outlive the chain.
+    pub fn cloned(self) -> ArtifactEntry {
+        ArtifactEntry {
+            artifact: self.artifact,
+            stored: self.stored,
+            plain: self.plain,
+            records: self.records,
+            root: self.root,
+            segments: self.segments.into_iter().cloned().collect(),
+        }
+    }
 }
 
 /// `SHA256SUMS` of a chain.
@@ -116,9 +131,9 @@ pub fn sums(chain: &Chain) -> String {
     sums
 }
 
-impl Manifest {
+impl<'a> Manifest<&'a SegmentEntry> {
     /// The manifest of a closed chain.
-    pub fn of(chain: &Chain) -> Result<Self, Error> {
+    pub fn of(chain: &'a Chain) -> Result<Self, Error> {
         let open = || Error::Chain("the chain was never closed".to_owned());
         let (Some(opening), Some(closing)) = (chain.opening(), chain.closing()) else {
             return Err(open());

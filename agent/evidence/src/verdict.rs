@@ -157,7 +157,7 @@ impl Salvage {
         let chain = report.chain.as_ref()?;
         let (_, last) = chain.events().last()?;
         let done = chain.outcomes().count();
-        let artifacts = artifacts(chain);
+        let artifacts: Vec<ArtifactEntry> = artifacts(chain).into_iter().map(ArtifactEntry::cloned).collect();
         Some(Salvage {
             schema: crate::SCHEMA.to_owned(),
             capture: chain.capture(),

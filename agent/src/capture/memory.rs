@@ -237,15 +237,15 @@ impl Session<'_> {
     /// this step: no later one can be read without it.
     fn send_memory(&mut self, packed: Option<Packed>, in_flight: usize) -> Result<bool, Failure> {
         let Some(packed) = packed else { return Ok(true) };
+        if self.has_failed() {
+            return Ok(false);
+        }
+        self.send(packed);
         while self.put.in_flight > in_flight && self.broken.is_none() {
             self.settle(true);
         }
         self.report()?;
-        let failed = self.has_failed();
-        if !failed {
-            self.send(packed);
-        }
-        Ok(!failed)
+        Ok(!self.has_failed())
     }
 
     fn has_failed(&self) -> bool {
