@@ -62,6 +62,18 @@ fn ordered(cloud: &Cloud, more: &[&str]) -> String {
     json_of(&output)["capture"].as_str().unwrap().to_owned()
 }
 
+/// Orders, and waits until the store has taken so many objects and holds the next.
+fn ordered_and_held(cloud: &Cloud, puts: u64, more: &[&str]) -> String {
+    cloud.gate.faults.hold_after(puts);
+    let id = ordered(cloud, more);
+    let began = Instant::now();
+    while cloud.gate.faults.held() == 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing is held");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    id
+}
+
 fn status(cloud: &Cloud, id: &str) -> (Option<i32>, Value) {
     let output = cloud.controller(&["status", id, "--output", "json"]).unwrap();
     (output.status.code(), json_of(&output))
@@ -140,13 +152,11 @@ fn a_plan_says_who_is_meant_and_touches_nothing() {
 fn stopped_it_ends_in_a_signed_manifest() {
     let _alone = alone();
     let cloud = cloud();
-    // A store that stalls: the capture is under way for long enough.
-    cloud.gate.faults.set(&[Fault::Stall], 2, 7);
-    let id = ordered(cloud, &[]);
+    // More steps than the agent has puts under way at once: some are not begun.
+    let id = ordered_and_held(cloud, 1, &["--profile", "full"]);
     wait_for(cloud, &id, &["in-progress"]);
-    std::thread::sleep(Duration::from_millis(1500));
     let output = cloud.controller(&["stop", &id, "--output", "json"]).unwrap();
-    cloud.gate.faults.set(&[], 0, 0);
+    cloud.gate.faults.release();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let view = wait_for(cloud, &id, &["stopped", "complete", "partial"]);
     assert_eq!(view["hosts"][0]["state"], "stopped", "{view}");
@@ -162,21 +172,15 @@ fn cancelled_at_any_moment_what_was_acknowledged_is_salvaged() {
     let cloud = cloud();
     let mut salvaged = 0;
     for moment in 0..10u64 {
-        cloud.gate.faults.set(&[Fault::Stall], 2, moment);
-        let id = ordered(cloud, &[]);
-        wait_for(cloud, &id, &["in-progress"]);
-        std::thread::sleep(Duration::from_millis(150 * moment));
+        let id = ordered_and_held(cloud, moment, &[]);
         let output = cloud.controller(&["cancel", &id]).unwrap();
-        cloud.gate.faults.set(&[], 0, 0);
+        cloud.gate.faults.release();
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         assert!(
             String::from_utf8_lossy(&output.stderr).contains("SIGKILL"),
             "{output:?}"
         );
-        let view = wait_for(cloud, &id, &["cancelled", "complete", "partial"]);
-        if view["hosts"][0]["state"] != "cancelled" {
-            continue;
-        }
+        wait_for(cloud, &id, &["cancelled"]);
         let Ok((verdict, code, report)) = cloud.verify(&id, &[]) else {
             // Killed before its first event landed: there is no capture of that id, and that is what is said.
             assert_eq!(cloud.controller(&["verify", &id]).unwrap().status.code(), Some(2));
@@ -191,7 +195,7 @@ fn cancelled_at_any_moment_what_was_acknowledged_is_salvaged() {
         assert_eq!(cloud.verify(&id, &[]).unwrap().0, "salvaged");
         salvaged += 1;
     }
-    assert!(salvaged >= 3, "{salvaged}");
+    assert!(salvaged >= 8, "{salvaged}");
 }
 
 /// Whatever a person or a tag puts into an order is refused by a pattern or carried as data.

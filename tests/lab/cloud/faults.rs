@@ -6,7 +6,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// What happens to one request.
@@ -61,7 +61,13 @@ pub struct Faults {
     seed: AtomicU64,
     count: AtomicU64,
     hit: AtomicU64,
+    /// Puts of evidence that still go through before the others are held back; unlimited where there is nothing.
+    free: Mutex<Option<u64>>,
+    held: AtomicU64,
 }
+
+/// Longer than any test waits.
+const HELD: Duration = Duration::from_secs(120);
 
 impl Faults {
     /// From here on, one request of `one_in` is hit by one of `list`.
@@ -71,6 +77,42 @@ impl Faults {
         self.count.store(0, Ordering::SeqCst);
         self.hit.store(0, Ordering::SeqCst);
         self.one_in.store(one_in, Ordering::SeqCst);
+    }
+
+    /// So many more puts of evidence go through; those behind them wait until [`Faults::release`].
+    pub fn hold_after(&self, puts: u64) {
+        self.held.store(0, Ordering::SeqCst);
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner) = Some(puts);
+    }
+
+    /// Lets go what is held back.
+    pub fn release(&self) {
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// How many are or were held back.
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::SeqCst)
+    }
+
+    /// Waits where puts are held back.
+    pub fn pass(&self) {
+        let until = Instant::now() + HELD;
+        let mut counted = false;
+        while Instant::now() < until {
+            match &mut *self.free.lock().unwrap_or_else(PoisonError::into_inner) {
+                None => return,
+                Some(0) => (),
+                Some(free) => {
+                    *free -= 1;
+                    return;
+                }
+            }
+            if !std::mem::replace(&mut counted, true) {
+                self.held.fetch_add(1, Ordering::SeqCst);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// How many were hit.
