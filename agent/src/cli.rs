@@ -195,6 +195,11 @@ fn cpus() -> u8 {
 
 /// Exit codes: 0 done and complete, 1 no manifest, 2 wrong use, 5 done and partly complete.
 pub fn run() -> ExitCode {
+    // Without the parser of the command line, which takes 300 KiB.
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|verb| verb == "worker") && arguments.next().is_none() {
+        return worker();
+    }
     match Cli::parse().verb {
         Verb::Capture(args) => run_capture(*args),
         Verb::Stop { id } => stop(id),
@@ -229,13 +234,15 @@ pub fn run() -> ExitCode {
             });
             ExitCode::SUCCESS
         }
-        Verb::Worker => {
-            crate::sys::die_with_parent();
-            match crate::collect::work(std::io::stdin(), Box::new(std::io::stdout())) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
-            }
-        }
+        Verb::Worker => worker(),
+    }
+}
+
+fn worker() -> ExitCode {
+    crate::sys::die_with_parent();
+    match crate::collect::work(std::io::stdin(), Box::new(std::io::stdout())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -173,12 +173,9 @@ struct Worker {
 /// second; a reader that woke for each would cost the host more than the collecting does.
 const GATHER: Duration = Duration::from_millis(2);
 
-/// Bytes of records after which a batch is handed over.
-const BATCH: usize = 256 << 10;
-
-/// Reads the pipe until it ends; hands over what has come, in batches.
-fn read_pipe(output: ChildStdout, tell: &SyncSender<io::Result<Vec<Heard>>>) {
-    let mut output = io::BufReader::with_capacity(256 << 10, output);
+/// Reads the pipe until it ends; hands over what has come, in batches of about so many bytes.
+fn read_pipe(output: ChildStdout, room: usize, tell: &SyncSender<io::Result<Vec<Heard>>>) {
+    let mut output = io::BufReader::with_capacity(room, output);
     loop {
         let (mut batch, mut bytes) = (Vec::new(), 0);
         let end = loop {
@@ -191,7 +188,7 @@ fn read_pipe(output: ChildStdout, tell: &SyncSender<io::Result<Vec<Heard>>>) {
                 }
                 Err(error) => break Some(error),
             }
-            if output.buffer().is_empty() || bytes > BATCH {
+            if output.buffer().is_empty() || bytes > room {
                 break None;
             }
         };
@@ -202,7 +199,7 @@ fn read_pipe(output: ChildStdout, tell: &SyncSender<io::Result<Vec<Heard>>>) {
             let _ = tell.send(Err(error));
             return;
         }
-        if bytes <= BATCH {
+        if bytes <= room {
             std::thread::sleep(GATHER);
         }
     }
@@ -219,9 +216,12 @@ impl Worker {
         let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::ErrorKind::BrokenPipe.into());
         };
-        // What lies in a pipe is the host's memory, too.
+        // What lies in a pipe and on the way from it is the host's memory, too: on a small host it stays what a pipe is made with.
         let small = crate::sys::total_memory(&job.root).is_some_and(crate::memory::is_small);
-        crate::sys::widen_pipe(&output, if small { 128 << 10 } else { 1 << 20 });
+        let room = if small { 32 << 10 } else { 256 << 10 };
+        if !small {
+            crate::sys::widen_pipe(&output, 1 << 20);
+        }
         let job = serde_json::to_vec(job)?;
         // Few: a batch may hold megabytes, and the store may be slower than the worker.
         let (tell, heard) = sync_channel(4);
@@ -233,7 +233,7 @@ impl Worker {
             // One that is gone already shows at the other end.
             let _ = input.write_all(&job);
             drop(input);
-            read_pipe(output, &tell);
+            read_pipe(output, room, &tell);
         })?;
         Ok(Worker {
             child,

@@ -239,7 +239,7 @@ fn read_image(c: &mut Collection, path: &OwnedFd, stat: &Statx, hashed: &Hashed)
 
 fn hash(c: &mut Collection, mut file: File, size: u64) -> io::Result<Hash> {
     let mut sha256 = Sha256::new();
-    let mut buffer = vec![0; 256 << 10];
+    let mut buffer = vec![0; 64 << 10];
     let mut left = size;
     loop {
         let n = file.read(&mut buffer)?;
