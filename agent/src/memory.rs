@@ -10,6 +10,7 @@ pub mod companions;
 pub mod image;
 pub mod kcore;
 pub mod lime;
+pub mod needles;
 pub mod probe;
 pub mod process;
 pub mod ranges;

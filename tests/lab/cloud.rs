@@ -9,6 +9,7 @@ pub mod http;
 pub mod iam;
 pub mod localstack;
 pub mod metadata;
+pub mod post;
 pub mod principals;
 pub mod sigv4;
 pub mod ssm;

@@ -8,6 +8,7 @@ use crate::{
         Sizes, Source, companions, image,
         kcore::{Kcore, Unavailable},
         lime::{Lime, Module},
+        needles::Needles,
         process::Process,
         ranges,
         shortage::{self, Shortage},
@@ -549,33 +550,44 @@ impl Session<'_> {
         self.spare.clear();
         let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
         let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
-        let mut summary = stream::run(source, artifact, limits, &key, cancel, |told| match told {
-            Told::Segment(packed, found) => {
-                for gap in found {
-                    match gaps.len() < MAX_GAPS {
-                        true => crate::memory::join(&mut gaps, gap),
-                        false => untold += 1,
+        let store = self.store;
+        let secrets = || store.secrets();
+        let needles = Needles::new(&secrets);
+        let mut summary = stream::run(
+            source,
+            artifact,
+            limits,
+            &key,
+            &needles,
+            cancel,
+            |told| match told {
+                Told::Segment(packed, found) => {
+                    for gap in found {
+                        match gaps.len() < MAX_GAPS {
+                            true => crate::memory::join(&mut gaps, gap),
+                            false => untold += 1,
+                        }
                     }
+                    Ok::<_, Failure>(match self.send_memory(Some(packed), sizes.in_flight)? {
+                        true => Answer::Go(self.spare.pop()),
+                        false => Answer::Stop,
+                    })
                 }
-                Ok::<_, Failure>(match self.send_memory(Some(packed), sizes.in_flight)? {
-                    true => Answer::Go(self.spare.pop()),
-                    false => Answer::Stop,
-                })
-            }
-            Told::Read(done) => {
-                if let Some(current) = &mut self.current {
-                    current.outcome.bytes = before.saturating_add(done);
+                Told::Read(done) => {
+                    if let Some(current) = &mut self.current {
+                        current.outcome.bytes = before.saturating_add(done);
+                    }
+                    self.settle(false);
+                    self.report()?;
+                    self.progress(&kind, done, expected)?;
+                    Ok(if self.has_failed() {
+                        Answer::Stop
+                    } else {
+                        Answer::Go(None)
+                    })
                 }
-                self.settle(false);
-                self.report()?;
-                self.progress(&kind, done, expected)?;
-                Ok(if self.has_failed() {
-                    Answer::Stop
-                } else {
-                    Answer::Go(None)
-                })
-            }
-        })?;
+            },
+        )?;
         // What became of the last segments decides what is missing.
         while self.put.in_flight > 0 && self.broken.is_none() {
             self.settle(true);

@@ -3,6 +3,7 @@
 
 use super::{
     Held, PAGE, Share, Source, join,
+    needles::Needles,
     sha256::{Running, advance},
     shortage::{self, Shortage},
 };
@@ -160,6 +161,7 @@ struct Shared<'a> {
     source: &'a dyn Source,
     artifact: Artifact,
     key: &'a KeyPages,
+    needles: &'a Needles<'a>,
     limits: Limits<'a>,
     level: AtomicI32,
     /// No segment is begun any more; those under way are finished, without a pause.
@@ -186,6 +188,7 @@ pub fn run<E>(
     artifact: Artifact,
     limits: Limits,
     key: &KeyPages,
+    needles: &Needles,
     cancel: &Cancel,
     mut told: impl FnMut(Told) -> Result<Answer, E>,
 ) -> Result<Summary, E> {
@@ -193,6 +196,7 @@ pub fn run<E>(
         source,
         artifact,
         key,
+        needles,
         limits,
         level: AtomicI32::new(LEVELS.first().copied().unwrap_or(1)),
         stop: AtomicBool::new(false),
@@ -460,7 +464,21 @@ impl Maker {
     }
 }
 
-/// Leaves out the pages of the key, and says of every byte what it is. True when all are zero.
+const KEY: &str = "it holds the key of this capture";
+const CREDENTIALS: &str = "it holds a part of the credentials with which this capture is stored";
+
+/// The pages that what was found lies in, each once, rising: offsets of the first byte, and of the one behind the last.
+fn pages_of(found: Vec<(u64, u64)>, size: u64) -> impl Iterator<Item = (u64, u64)> {
+    let pages: BTreeSet<u64> = found
+        .into_iter()
+        .flat_map(|(start, end)| start / PAGE..end.div_ceil(PAGE))
+        .collect();
+    pages
+        .into_iter()
+        .map(move |page| (page * PAGE, (page * PAGE + PAGE).min(size)))
+}
+
+/// Leaves out the pages of the key and of the store's credentials, and says of every byte what it is. True when all are zero.
 fn account(
     shared: &Shared,
     address: u64,
@@ -469,17 +487,19 @@ fn account(
     tally: &mut Tally,
 ) -> bool {
     if shared.source.is_this_host() {
-        for (start, end) in shared.key.inside(address, plain.len() as u64) {
+        let key = shared.key.inside(address, plain.len() as u64);
+        let key = key.into_iter().map(|(start, end)| (start, end, KEY));
+        let pages = pages_of(shared.needles.inside(plain), plain.len() as u64);
+        let pages = pages.map(|(start, end)| (address + start, address + end, CREDENTIALS));
+        for (start, end, why) in key.chain(pages) {
             super::part(plain, start - address, end - start).fill(0);
-            join(
-                gaps,
-                MemoryGap {
-                    start,
-                    end: end - 1,
-                    gap: Gap::Withheld,
-                    why: "it holds the key of this capture".to_owned(),
-                },
-            );
+            let gap = MemoryGap {
+                start,
+                end: end - 1,
+                gap: Gap::Withheld,
+                why: why.to_owned(),
+            };
+            join(gaps, gap);
         }
     }
     let zero: Vec<bool> = plain.chunks(4096).map(is_zero).collect();

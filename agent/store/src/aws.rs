@@ -11,7 +11,7 @@ use aws_config::{
     retry::RetryConfig,
     timeout::TimeoutConfig,
 };
-use aws_credential_types::provider::SharedCredentialsProvider;
+use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider, future};
 use aws_smithy_async::{
     rt::sleep::{SharedAsyncSleep, TokioSleep},
     time::{SharedTimeSource, SystemTimeSource},
@@ -21,7 +21,11 @@ use aws_smithy_http_client::{
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
 use aws_types::region::Region;
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 /// How AWS is reached, where it is not as the SDK's variables say (`AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_USE_FIPS_ENDPOINT`,
 /// `AWS_USE_DUALSTACK_ENDPOINT`, `AWS_CA_BUNDLE`).
@@ -115,6 +119,49 @@ pub async fn config(
         config = config.endpoint_url(endpoint);
     }
     Ok(config.build())
+}
+
+/// Credentials, and what was secret in all of them so far.
+#[derive(Clone, Debug)]
+pub struct Remembered {
+    provider: SharedCredentialsProvider,
+    secrets: Arc<Mutex<Vec<String>>>,
+}
+
+impl Remembered {
+    /// Of a provider.
+    pub fn new(provider: SharedCredentialsProvider) -> Self {
+        Remembered {
+            provider,
+            secrets: Arc::default(),
+        }
+    }
+
+    /// Secret keys and session tokens; more may come.
+    pub fn secrets(&self) -> Vec<String> {
+        self.secrets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl ProvideCredentials for Remembered {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(async {
+            let credentials = self.provider.provide_credentials().await?;
+            let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
+            for secret in [Some(credentials.secret_access_key()), credentials.session_token()] {
+                if let Some(secret) = secret.filter(|s| !secrets.iter().any(|known| known == s)) {
+                    secrets.push(secret.to_owned());
+                }
+            }
+            Ok(credentials)
+        })
+    }
 }
 
 fn variable(name: &str) -> Option<String> {

@@ -4,7 +4,7 @@
 
 use crate::{
     PutError, Store,
-    aws::{self, Reach},
+    aws::{self, Reach, Remembered},
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_s3::config::{
@@ -57,6 +57,7 @@ pub struct S3 {
     prefix: String,
     kms_key: Option<String>,
     at_once: usize,
+    credentials: Option<Remembered>,
     /// Somebody gave up once: the others do not wait as long again.
     given_up: AtomicBool,
     clock: StoreClock,
@@ -139,6 +140,10 @@ impl S3 {
         let config = runtime
             .block_on(aws::config(&options.reach, 1, options.credentials.clone()))
             .map_err(|why| format!("--store {target}: {why}"))?;
+        let credentials = config.credentials_provider().map(Remembered::new);
+        let mut config = config.into_builder();
+        config.set_credentials_provider(credentials.clone().map(SharedCredentialsProvider::new));
+        let config = config.build();
         let writer = match options.writer {
             Some(writer) => writer,
             None => runtime
@@ -151,6 +156,7 @@ impl S3 {
             .build();
         Ok(S3 {
             client: Client::from_conf(config),
+            credentials,
             clock,
             runtime,
             bucket: bucket.to_owned(),
@@ -268,6 +274,13 @@ impl Store for S3 {
             self.given_up.store(false, Ordering::Relaxed);
         }
         result
+    }
+
+    fn secrets(&self) -> Vec<String> {
+        self.credentials
+            .as_ref()
+            .map(Remembered::secrets)
+            .unwrap_or_default()
     }
 
     fn finish(&self) -> io::Result<()> {

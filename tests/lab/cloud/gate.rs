@@ -259,7 +259,7 @@ impl Inside {
                     "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with Object Lock parameters",
                 )));
             }
-            if key.starts_with("evidence/") {
+            if key.starts_with(&format!("evidence/{}/", super::WRITER)) {
                 self.faults.pass();
             }
             if let Some(fault) = self.faults.next() {

@@ -30,6 +30,19 @@ pub struct Principal {
     pub expires: Option<Timestamp>,
 }
 
+/// What the lab's secrets begin with, and its tokens.
+pub const SECRET: &str = "lab/secret/";
+/// See [`SECRET`].
+pub const TOKEN: &str = "lab+token+";
+
+/// So many characters that nobody has seen before.
+fn random(count: usize) -> String {
+    let bytes: String = std::iter::repeat_with(|| uuid::Uuid::new_v4().simple().to_string())
+        .take(count / 32 + 1)
+        .collect();
+    bytes.chars().take(count).collect()
+}
+
 /// Everybody.
 #[derive(Default)]
 pub struct Principals {
@@ -56,8 +69,8 @@ impl Principals {
         let kind = if seconds.is_some() { "ASIA" } else { "AKIA" };
         let key = format!("{kind}LAB{:013}", *next);
         let principal = Principal {
-            secret: format!("lab/secret/{:029}", *next),
-            token: seconds.is_some().then(|| format!("lab+token+{:060}", *next)),
+            secret: format!("{SECRET}{}", random(40 - SECRET.len())),
+            token: seconds.is_some().then(|| format!("{TOKEN}{}", random(600))),
             userid: userid.to_owned(),
             arn: arn.to_owned(),
             policies,
@@ -70,6 +83,15 @@ impl Principals {
         };
         self.keys().insert(key.clone(), principal.clone());
         (key, principal)
+    }
+
+    /// Every secret and every token that was handed out.
+    pub fn secrets(&self) -> Vec<String> {
+        let keys = self.keys();
+        keys.values()
+            .flat_map(|p| [Some(p.secret.clone()), p.token.clone()])
+            .flatten()
+            .collect()
     }
 
     /// Ends every temporary key that there is now.

@@ -7,6 +7,7 @@
 use super::{
     document::{self, Step},
     http::{Handler, Reply, Request, Response},
+    post::Post,
 };
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -33,6 +34,8 @@ const PAGE: usize = 50;
 pub enum Fate {
     /// It executes the document, with this environment beside the system's own.
     Executes(Vec<(String, String)>),
+    /// A guest executes it.
+    InGuest(Post),
     /// It says this on standard output, and ends well.
     Says(String),
     /// It fails.
@@ -522,7 +525,7 @@ impl Run {
                     drop(state);
                     match &host.fate {
                         // Only these take time of their own.
-                        Fate::Executes(_) | Fate::Silent => {
+                        Fate::Executes(_) | Fate::InGuest(_) | Fate::Silent => {
                             let (run, host, running) = (run.clone(), host.clone(), running.clone());
                             std::thread::spawn(move || {
                                 run.one(index, &host);
@@ -593,11 +596,11 @@ impl Run {
                     }
                 });
             }
-            Fate::Executes(environment) => {
+            Fate::Executes(_) | Fate::InGuest(_) => {
                 self.set(index, |one| {
                     (one.status, one.details) = ("InProgress", "In Progress")
                 });
-                match self.execute(index, host, environment) {
+                match self.execute(index, host) {
                     Ok(()) => (),
                     Err(error) => self.end(index, "Failed", "Failed", 1, nothing(), format!("{error:#}")),
                 }
@@ -605,7 +608,7 @@ impl Run {
         }
     }
 
-    fn execute(&self, index: usize, host: &Host, environment: &[(String, String)]) -> Result<()> {
+    fn execute(&self, index: usize, host: &Host) -> Result<()> {
         let steps = document::render(&self.content, &self.given, host.platform)?;
         let (mut output, mut errors, mut code) = (String::new(), String::new(), 0);
         for step in &steps {
@@ -615,7 +618,11 @@ impl Run {
                 step.name,
                 step.action
             );
-            let ended = self.script(index, host, step, environment)?;
+            let ended = match &host.fate {
+                Fate::InGuest(post) => post.run(&step.script, Duration::from_secs(step.timeout))?,
+                Fate::Executes(environment) => self.script(index, host, step, environment)?,
+                _ => continue,
+            };
             output += &ended.1;
             errors += &ended.2;
             if ended.0 != 0 {
