@@ -11,7 +11,7 @@ use crate::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use jiff::Timestamp;
 use std::{
-    io::{IsTerminal as _, Write},
+    io::{BufRead as _, IsTerminal as _, Read as _, Write},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -144,6 +144,9 @@ struct AwsArgs {
     /// PEM certificates to trust instead of the roots built in
     #[arg(long)]
     ca_bundle: Option<PathBuf>,
+    /// The store's credentials are lent: the first line of standard input is the address of the order that has them
+    #[arg(long)]
+    lent: bool,
     /// The KMS key to encrypt under, when it is not the bucket's own
     #[arg(long)]
     kms_key: Option<String>,
@@ -156,9 +159,10 @@ struct AwsArgs {
 }
 
 impl AwsArgs {
-    fn options(&self, root: &Path) -> s3::Options {
+    fn options(&self, root: &Path) -> Result<s3::Options, String> {
         let small = crate::sys::total_memory(root).is_none_or(crate::memory::is_small);
-        s3::Options {
+        let lent = if self.lent { Some(address()?) } else { None };
+        Ok(s3::Options {
             reach: Reach {
                 region: self.region.clone(),
                 endpoint: self.endpoint_url.clone(),
@@ -168,11 +172,30 @@ impl AwsArgs {
             },
             kms_key: self.kms_key.clone(),
             credentials: None,
+            lent,
             writer: self.writer.clone(),
             at_once: usize::from(self.puts.unwrap_or(if small { 2 } else { 4 })),
-        }
+        })
     }
 }
+
+/// A secret: it stands in no argument and no variable.
+fn address() -> Result<String, String> {
+    let mut line = String::new();
+    let mut input = std::io::stdin().lock().take(MAX_ADDRESS);
+    input
+        .read_line(&mut line)
+        .map_err(|error| format!("--lent: standard input: {error}"))?;
+    match line.trim() {
+        address if address.starts_with("https://") || address.starts_with("http://") => {
+            Ok(address.to_owned())
+        }
+        _ => Err("--lent: the first line of standard input is no address".to_owned()),
+    }
+}
+
+/// Bytes of it; with the session token of whoever signed it, it may have some two thousand.
+const MAX_ADDRESS: u64 = 8 << 10;
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 enum Output {
@@ -340,7 +363,8 @@ fn run_capture(args: CaptureArgs) -> ExitCode {
     pids.sort_unstable();
     pids.dedup();
     let id = args.id.unwrap_or_else(CaptureId::mint);
-    let store = match stillframe_store::open(&args.store, id, args.aws.options(&args.root)) {
+    let options = args.aws.options(&args.root);
+    let store = match options.and_then(|options| stillframe_store::open(&args.store, id, options)) {
         Ok(store) => store,
         Err(why) => return refuse(&why),
     };

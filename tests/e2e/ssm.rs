@@ -14,11 +14,11 @@ use stillframe_evidence::root::Hash;
 use stillframe_tests::{
     captured::{self, MARKERS},
     cloud::{
-        BUCKET, Cloud, DOCUMENTS, INSTANCE,
+        BUCKET, Cloud, DOCUMENTS, INSTANCE, ORDERS, SESSION_ROLE, WRITER, checksum,
         document::{render, validate},
         metadata, policy,
         post::Post,
-        principals::{SECRET, TOKEN},
+        principals::{Principal, SECRET, TOKEN},
         ssm::{Fate, Host},
     },
     guest::{JOIN_NETWORK, Machine},
@@ -70,7 +70,7 @@ fn ordered(cloud: &Cloud, more: &[&str]) -> String {
 
 /// Orders, and waits until the store has taken so many objects and holds the next.
 fn ordered_and_held(cloud: &Cloud, puts: u64, more: &[&str]) -> String {
-    cloud.gate.faults.hold_after(puts);
+    cloud.gate.faults.hold(WRITER, puts);
     let id = ordered(cloud, more);
     let began = Instant::now();
     while cloud.gate.faults.held() == 0 {
@@ -132,6 +132,138 @@ fn an_order_becomes_a_verified_capture() {
         (code, &again["hosts"][0]["state"]),
         (output.status.code(), &host["state"])
     );
+}
+
+/// A host whose own role has no right writes with a session that is lent to it, renewed while it works, and good for this capture alone.
+#[test]
+fn credentials_are_lent_for_one_capture() {
+    let _alone = alone();
+    let cloud = cloud();
+    let (agent, url) = (agent(), cloud.gate.url());
+    // No metadata service: it has no role at all.
+    cloud.ssm.host(Host {
+        id: "i-0bare".to_owned(),
+        platform: "Linux",
+        tags: BTreeMap::new(),
+        fate: Fate::Executes(vec![("AWS_EC2_METADATA_DISABLED".to_owned(), "true".to_owned())]),
+    });
+    let mut arguments = order(
+        &agent,
+        &url,
+        &[
+            "--credentials",
+            "session",
+            "--session-role",
+            SESSION_ROLE,
+            "--order-bucket",
+            ORDERS,
+            "--watch",
+        ],
+    );
+    arguments[2] = "i-0bare";
+    // Shorter than the capture: without new ones it could not end.
+    cloud.gate.principals.shorten_sessions(16);
+    cloud.gate.faults.hold("AROALABlent:i-0bare", 3);
+    let mut watch = cloud.responder().unwrap();
+    watch
+        .args(&arguments)
+        .args(["--store", &format!("s3://{BUCKET}")]);
+    let watch = watch
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    while cloud.gate.faults.held() == 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing is held");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (first_key, first) = cloud.gate.principals.session("AROALABlent:i-0bare").unwrap();
+    // While it is at work: no secret in what runs, and what it may do.
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+        let line = String::from_utf8_lossy(&read("cmdline")).into_owned();
+        if line.contains("--lent") {
+            for text in [line, String::from_utf8_lossy(&read("environ")).into_owned()] {
+                assert!(!text.contains(SECRET) && !text.contains(TOKEN), "{text}");
+                assert!(
+                    !text.contains("X-Amz-Signature"),
+                    "the address of the order: {text}"
+                );
+            }
+        }
+    }
+    std::thread::sleep(Duration::from_secs(20));
+    cloud.gate.faults.release();
+    let output = watch.wait_with_output().unwrap();
+    cloud.gate.principals.shorten_sessions(0);
+    let view = json_of(&output);
+    assert!(
+        ["complete", "partial"].contains(&view["hosts"][0]["state"].as_str().unwrap()),
+        "{output:?}"
+    );
+    let id = view["capture"].as_str().unwrap();
+    let (verdict, code, report) = cloud.verify(id, &[]).unwrap();
+    assert_eq!((verdict.as_str(), code), ("verified", 0), "{report}");
+    let (last_key, last) = cloud.gate.principals.session("AROALABlent:i-0bare").unwrap();
+    assert_ne!(first_key, last_key, "they were not renewed");
+    assert!(first.expires < last.expires);
+    // What was lent is taken back.
+    let order_key = format!("{ORDERS}/orders/{id}/i-0bare.json");
+    let responder = |name: &str| {
+        let found = cloud.responder.iter().find(|(n, _)| n == name);
+        found.unwrap().1.clone()
+    };
+    let (key, secret) = (responder("AWS_ACCESS_KEY_ID"), responder("AWS_SECRET_ACCESS_KEY"));
+    assert_eq!(
+        cloud
+            .ask((&key, &secret, None), "GET", &order_key, &[], "")
+            .unwrap()
+            .0,
+        404
+    );
+    // Who holds the session can write this capture, and nothing else: beside every refusal stands what is allowed.
+    let (key, session) = lend(cloud, id);
+    let ask = |method: &str, path: &str, once: bool| {
+        let mut headers = vec![checksum("x")];
+        headers.extend(once.then(|| "if-none-match: *".to_owned()));
+        let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
+        let headers = if method == "PUT" { &headers[..] } else { &[] };
+        let who = (&key[..], &session.secret[..], session.token.as_deref());
+        let body = if method == "PUT" { "x" } else { "" };
+        cloud.ask(who, method, path, headers, body).unwrap()
+    };
+    let own = format!("{BUCKET}/evidence/AROALABlent:i-0bare");
+    assert_eq!(ask("PUT", &format!("{own}/{id}/x"), true).0, 200);
+    for (method, path, once) in [
+        ("PUT", format!("{own}/{id}/y"), false),
+        (
+            "PUT",
+            format!("{own}/{}/x", "01a21079-f1eb-70c6-ab5d-18fbb733dcd4"),
+            true,
+        ),
+        ("PUT", format!("{BUCKET}/evidence/{WRITER}/{id}/x"), true),
+        ("PUT", format!("{BUCKET}/cases/x"), true),
+        ("PUT", order_key.clone(), true),
+        ("GET", format!("{own}/{id}/x"), false),
+        ("GET", format!("{ORDERS}/orders/{id}/i-0lab.json"), false),
+        ("GET", format!("{BUCKET}?list-type=2"), false),
+        ("DELETE", format!("{own}/{id}/x"), false),
+    ] {
+        let (status, body) = ask(method, &path, once);
+        assert_eq!(status, 403, "{method} {path}: {body}");
+        assert!(body.contains("AccessDenied"), "{method} {path}: {body}");
+    }
+    assert_eq!(ask("GET", &order_key, false).0, 404, "its own order it may read");
+}
+
+/// A session as the responder lends it, for a capture that is over.
+fn lend(cloud: &Cloud, id: &str) -> (String, Principal) {
+    let (_, one) = cloud.gate.principals.session("AROALABlent:i-0bare").unwrap();
+    assert!(one.session.as_ref().unwrap().to_string().contains(id));
+    let seconds = Some(600);
+    let again = &cloud.gate.principals;
+    again.add(&one.userid, &one.arn, one.policies, one.session, seconds)
 }
 
 /// Into a guest by Systems Manager, out of it by S3, its memory included; and the credentials that carried it are not in the image.

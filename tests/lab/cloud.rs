@@ -29,6 +29,10 @@ use stillframe_evidence::layout::CaptureId;
 pub const BUCKET: &str = "evidence-bucket";
 /// A bucket without lock and policy.
 pub const OPEN: &str = "open-bucket";
+/// The bucket for orders that lend credentials.
+pub const ORDERS: &str = "order-bucket";
+/// The role whose sessions are lent.
+pub const SESSION_ROLE: &str = "arn:aws:iam::123456789012:role/lent";
 /// What the store calls the writer of the lab's instance.
 pub const WRITER: &str = "AROALABinstances:i-0lab";
 /// The lab's instance.
@@ -50,7 +54,11 @@ pub struct Cloud {
 pub fn policy(name: &str) -> Result<Value> {
     let path = programs::workspace().join("ssm-documents/policies").join(name);
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    Ok(serde_json::from_str(&text.replace("EVIDENCE_BUCKET", BUCKET))?)
+    let text = text
+        .replace("EVIDENCE_BUCKET", BUCKET)
+        .replace("ORDER_BUCKET", ORDERS)
+        .replace("arn:aws:iam::ACCOUNT_ID:role/SESSION_ROLE", SESSION_ROLE);
+    Ok(serde_json::from_str(&text)?)
 }
 
 /// A document of the project.
@@ -71,6 +79,8 @@ impl Cloud {
         let gate = Gate::start()?;
         gate.bucket(BUCKET, true, Some(policy("evidence-bucket.json")?))?;
         gate.bucket(OPEN, false, None)?;
+        gate.bucket(ORDERS, false, None)?;
+        gate.role(SESSION_ROLE, vec![policy("session-role.json")?]);
         let role = vec![policy("instance-role.json")?];
         let metadata = metadata::start(gate.principals.clone(), INSTANCE, "instances", role)?;
         let responder = "arn:aws:iam::123456789012:user/responder";

@@ -11,7 +11,11 @@ use aws_config::{
     retry::RetryConfig,
     timeout::TimeoutConfig,
 };
-use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider, future};
+use aws_credential_types::{
+    Credentials,
+    provider::{ProvideCredentials, SharedCredentialsProvider, error::CredentialsError, future},
+};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_async::{
     rt::sleep::{SharedAsyncSleep, TokioSleep},
     time::{SharedTimeSource, SystemTimeSource},
@@ -26,6 +30,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
+use tokio::runtime::Runtime;
 
 /// How AWS is reached, where it is not as the SDK's variables say (`AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_USE_FIPS_ENDPOINT`,
 /// `AWS_USE_DUALSTACK_ENDPOINT`, `AWS_CA_BUNDLE`).
@@ -121,28 +126,85 @@ pub async fn config(
     Ok(config.build())
 }
 
+/// What a service said, or what went wrong on the way, in one line.
+pub fn said<E, R>(error: &SdkError<E, R>) -> String
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+    R: std::fmt::Debug,
+{
+    if let Some(service) = error.as_service_error() {
+        let code = service.code().unwrap_or("an error without a code");
+        return format!("{code}: {}", service.message().unwrap_or("without a message"));
+    }
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !line.ends_with(&said) {
+            line = format!("{line}: {said}");
+        }
+        cause = error.source();
+    }
+    line
+}
+
 /// Credentials, and what was secret in all of them so far.
 #[derive(Clone, Debug)]
-pub struct Remembered {
+pub struct Remembered(Arc<Inside>);
+
+#[derive(Debug)]
+struct Inside {
     provider: SharedCredentialsProvider,
-    secrets: Arc<Mutex<Vec<String>>>,
+    secrets: Mutex<Vec<String>>,
 }
+
+/// How often it is seen to that credentials last.
+const TEND: Duration = Duration::from_secs(1);
 
 impl Remembered {
     /// Of a provider.
     pub fn new(provider: SharedCredentialsProvider) -> Self {
-        Remembered {
+        Remembered(Arc::new(Inside {
             provider,
-            secrets: Arc::default(),
-        }
+            secrets: Mutex::default(),
+        }))
     }
 
     /// Secret keys and session tokens; more may come.
     pub fn secrets(&self) -> Vec<String> {
-        self.secrets
+        self.0
+            .secrets
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Has the provider asked also while nobody needs it, so that it can renew what ends; until the last who has this is gone.
+    pub fn tend(&self, runtime: &Arc<Runtime>) -> std::io::Result<()> {
+        let (kept, runtime) = (Arc::downgrade(&self.0), Arc::clone(runtime));
+        let tend = move || {
+            loop {
+                std::thread::sleep(TEND);
+                let Some(inside) = kept.upgrade() else { return };
+                // What goes wrong is told to whoever needs them.
+                let _ = runtime.block_on(inside.ask());
+            }
+        };
+        let thread = std::thread::Builder::new().name("lent".to_owned());
+        thread.spawn(tend).map(|_| ())
+    }
+}
+
+impl Inside {
+    async fn ask(&self) -> Result<Credentials, CredentialsError> {
+        let credentials = self.provider.provide_credentials().await?;
+        let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
+        for secret in [Some(credentials.secret_access_key()), credentials.session_token()] {
+            if let Some(secret) = secret.filter(|s| !secrets.iter().any(|known| known == s)) {
+                secrets.push(secret.to_owned());
+            }
+        }
+        Ok(credentials)
     }
 }
 
@@ -151,16 +213,7 @@ impl ProvideCredentials for Remembered {
     where
         Self: 'a,
     {
-        future::ProvideCredentials::new(async {
-            let credentials = self.provider.provide_credentials().await?;
-            let mut secrets = self.secrets.lock().unwrap_or_else(PoisonError::into_inner);
-            for secret in [Some(credentials.secret_access_key()), credentials.session_token()] {
-                if let Some(secret) = secret.filter(|s| !secrets.iter().any(|known| known == s)) {
-                    secrets.push(secret.to_owned());
-                }
-            }
-            Ok(credentials)
-        })
+        future::ProvideCredentials::new(self.0.ask())
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod aws;
 mod directory;
+pub mod lent;
 mod pipe;
 pub mod s3;
 mod sys;

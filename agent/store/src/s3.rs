@@ -4,7 +4,8 @@
 
 use crate::{
     PutError, Store,
-    aws::{self, Reach, Remembered},
+    aws::{self, Reach, Remembered, said},
+    lent::Lent,
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_s3::config::{
@@ -13,7 +14,7 @@ use aws_sdk_s3::config::{
 use aws_sdk_s3::{
     Client,
     config::http::HttpResponse,
-    error::{DisplayErrorContext, ProvideErrorMetadata as _, SdkError},
+    error::{ProvideErrorMetadata as _, SdkError},
     operation::{
         RequestId as _,
         put_object::{PutObjectError, PutObjectOutput},
@@ -51,7 +52,7 @@ const ATTEMPTS: u32 = 24;
 
 /// A bucket, and the folder of one capture in it.
 pub struct S3 {
-    runtime: Runtime,
+    runtime: Arc<Runtime>,
     client: Client,
     bucket: String,
     prefix: String,
@@ -95,6 +96,8 @@ pub struct Options {
     pub kms_key: Option<String>,
     /// Whose credentials: the SDK's chain where this is absent.
     pub credentials: Option<SharedCredentialsProvider>,
+    /// Or the address of the order that lends them.
+    pub lent: Option<String>,
     /// The first part of the capture's prefix; asked of STS (`${aws:userid}`) where this is absent.
     pub writer: Option<Writer>,
     /// Puts that may be under way at once.
@@ -136,11 +139,27 @@ impl S3 {
             .enable_all()
             .build()
             .map_err(no_runtime)?;
+        let runtime = Arc::new(runtime);
         // Retrying is done here, where it is known whether an attempt may have taken effect.
         let config = runtime
             .block_on(aws::config(&options.reach, 1, options.credentials.clone()))
             .map_err(|why| format!("--store {target}: {why}"))?;
-        let credentials = config.credentials_provider().map(Remembered::new);
+        let lent = match &options.lent {
+            Some(address) => {
+                let lent = runtime.block_on(Lent::borrow(&config, address));
+                Some(lent.map_err(|why| format!("--store {target}: {why}"))?)
+            }
+            None => None,
+        };
+        let is_lent = lent.is_some();
+        let provider = lent
+            .map(SharedCredentialsProvider::new)
+            .or(config.credentials_provider());
+        let credentials = provider.map(Remembered::new);
+        if let Some(credentials) = credentials.as_ref().filter(|_| is_lent) {
+            let no_thread = |error| format!("--store {target}: no thread for what is lent: {error}");
+            credentials.tend(&runtime).map_err(no_thread)?;
+        }
         let mut config = config.into_builder();
         config.set_credentials_provider(credentials.clone().map(SharedCredentialsProvider::new));
         let config = config.build();
@@ -301,7 +320,7 @@ async fn identity(config: &aws_config::SdkConfig) -> Result<Writer, String> {
         .map_err(|error| {
             format!(
                 "who the credentials belong to could not be asked of STS ({}); --writer gives it",
-                DisplayErrorContext(error)
+                said(&error)
             )
         })?;
     answer
@@ -378,7 +397,7 @@ fn describe(error: &SdkError<PutObjectError, HttpResponse>) -> io::Error {
             );
             io::Error::new(kind, text)
         }
-        other => io::Error::other(format!("{}", DisplayErrorContext(other))),
+        other => io::Error::other(said(other)),
     }
 }
 

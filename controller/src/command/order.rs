@@ -3,12 +3,16 @@
 
 use super::At;
 use crate::{
-    aws::ssm::{Document, Targets},
+    aws::{
+        session::{Loan, Session},
+        ssm::{Document, Invocation, Ssm, Targets},
+    },
     stored::Store,
 };
-use anyhow::Result;
+use anyhow::{Result, bail};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use stillframe_evidence::layout::{CaptureId, CaseName};
 
 /// An order.
@@ -36,8 +40,12 @@ pub struct Order {
     pub agent_sha256: String,
     /// Where it is on Linux.
     pub agent: String,
-    /// The id that Systems Manager gave it; nothing until it was sent.
-    pub command: Option<String>,
+    /// Whose credentials are lent to the hosts; nothing where their own roles' serve.
+    pub session: Option<Session>,
+    /// For how long each host was lent its first ones.
+    pub loans: BTreeMap<String, Loan>,
+    /// The ids that Systems Manager gave it: one, or one a host where credentials are lent; nothing until it was sent.
+    pub commands: Vec<String>,
 }
 
 impl Order {
@@ -57,13 +65,30 @@ impl Order {
         )
     }
 
-    /// The command, once it was sent.
-    pub fn command(&self) -> Result<&str> {
-        self.command.as_deref().ok_or_else(|| {
-            anyhow::anyhow!(
+    /// The commands, once they were sent.
+    pub fn commands(&self) -> Result<&[String]> {
+        if self.commands.is_empty() {
+            bail!(
                 "the order {} was written down, and no command of it: it was not sent, or the answer was lost; look for its comment in Run Command's history",
                 self.capture
-            )
-        })
+            );
+        }
+        Ok(&self.commands)
+    }
+
+    /// What became of it, host by host.
+    pub fn invocations(&self, ssm: &Ssm) -> Result<Vec<Invocation>> {
+        let mut all = Vec::new();
+        for command in self.commands()? {
+            all.extend(ssm.invocations(command)?);
+        }
+        Ok(all)
+    }
+
+    /// Has it killed on these hosts, or on all.
+    pub fn cancel(&self, ssm: &Ssm, hosts: &[String]) -> Result<()> {
+        self.commands()?
+            .iter()
+            .try_for_each(|command| ssm.cancel(command, hosts))
     }
 }

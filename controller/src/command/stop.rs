@@ -26,7 +26,7 @@ pub struct Args {
 #[derive(Serialize)]
 struct Done<'a> {
     capture: String,
-    command: &'a str,
+    commands: &'a [String],
     hosts: Vec<String>,
 }
 
@@ -34,7 +34,7 @@ struct Done<'a> {
 pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
     let (_, order) = Order::find(&args.at, &args.capture)?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
-    let invocations = ssm.invocations(order.command()?)?;
+    let invocations = order.invocations(&ssm)?;
     let of = |states: &[State]| -> Vec<String> {
         let found = invocations.iter().filter(|i| states.contains(&i.state));
         found.map(|i| i.host.clone()).collect()
@@ -42,7 +42,7 @@ pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
     // Who has not begun must not begin: there is nothing to close there.
     let waiting = of(&[State::Pending, State::Delayed]);
     if !waiting.is_empty() {
-        ssm.cancel(order.command()?, &waiting)?;
+        order.cancel(&ssm, &waiting)?;
         ui.say(&format!("cancelled before it began on {}", waiting.join(", ")));
     }
     let running = of(&[State::InProgress]);
@@ -78,7 +78,7 @@ pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
         )?;
         let done = Done {
             capture: order.capture.to_string(),
-            command: &command,
+            commands: &[command],
             hosts: hosts.to_vec(),
         };
         ui.print(&done, || {
@@ -96,12 +96,11 @@ pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
 /// Has them killed.
 pub fn cancel(args: &Args, ui: &Ui) -> Result<u8> {
     let (_, order) = Order::find(&args.at, &args.capture)?;
-    let command = order.command()?;
     ui.warn("cancelling is SIGKILL: the capture is not closed, and `stillframe salvage` reads what was acknowledged; `stillframe stop` closes it");
-    Ssm::open(&args.at.aws.reach())?.cancel(command, &[])?;
+    order.cancel(&Ssm::open(&args.at.aws.reach())?, &[])?;
     let done = Done {
         capture: order.capture.to_string(),
-        command,
+        commands: order.commands()?,
         hosts: Vec::new(),
     };
     ui.print(&done, || {

@@ -3,15 +3,19 @@
 
 use super::{At, order::Order};
 use crate::{
-    aws::ssm::{Invocation, Ssm, State},
+    aws::{
+        session::{Lender, Loan},
+        ssm::{Invocation, Ssm, State},
+    },
     stored::Store,
     ui::{Ui, bytes},
 };
 use anyhow::{Result, bail};
 use clap::Args as ClapArgs;
+use jiff::Timestamp;
 use serde::Serialize;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -36,7 +40,7 @@ const NOBODY: Duration = Duration::from_secs(60);
 #[derive(Serialize)]
 struct View<'a> {
     capture: CaptureId,
-    command: &'a str,
+    commands: &'a [String],
     store: &'a str,
     /// Hosts in each state.
     counts: BTreeMap<State, usize>,
@@ -65,14 +69,14 @@ struct Progress {
 /// Watches until every host is done.
 pub fn watch(args: &Args, ui: &Ui) -> Result<u8> {
     let (store, order) = Order::find(&args.at, &args.capture)?;
-    follow(&store, &order, &Ssm::open(&args.at.aws.reach())?, ui)
+    follow(&store, &order, &args.at, &Ssm::open(&args.at.aws.reach())?, ui)
 }
 
 /// Looks once.
 pub fn status(args: &Args, ui: &Ui) -> Result<u8> {
     let (store, order) = Order::find(&args.at, &args.capture)?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
-    let invocations = ssm.invocations(order.command()?)?;
+    let invocations = order.invocations(&ssm)?;
     let mut known = BTreeMap::new();
     let hosts: Vec<String> = invocations
         .iter()
@@ -99,20 +103,22 @@ fn code(invocations: &[Invocation]) -> u8 {
 }
 
 /// Watches an order until every host is done.
-pub fn follow(store: &Store, order: &Order, ssm: &Ssm, ui: &Ui) -> Result<u8> {
+pub fn follow(store: &Store, order: &Order, at: &At, ssm: &Ssm, ui: &Ui) -> Result<u8> {
     static LEFT: AtomicBool = AtomicBool::new(false);
     let _ = ctrlc::set_handler(|| LEFT.store(true, Ordering::SeqCst));
-    let command = order.command()?;
+    let commands = order.commands()?;
+    let mut loans = Loans::of(order, at)?;
     let mut known: BTreeMap<String, Progress> = BTreeMap::new();
     let mut told: BTreeMap<String, String> = BTreeMap::new();
     let mut turn = 0;
     let began = Instant::now();
     loop {
         // It is normal that the service knows nothing of a command for a moment.
-        let invocations = ssm.invocations(command)?;
+        let invocations = order.invocations(ssm)?;
         if invocations.is_empty() && began.elapsed() > NOBODY {
             bail!(
-                "Systems Manager knows of no host that got command {command}: has any that tag, or is any in that group?"
+                "Systems Manager knows of no host that got command {}: has any that tag, or is any in that group?",
+                commands.join(", ")
             );
         }
         let running: Vec<&Invocation> = invocations
@@ -127,6 +133,7 @@ pub fn follow(store: &Store, order: &Order, ssm: &Ssm, ui: &Ui) -> Result<u8> {
         {
             known.extend(progress(store, order.capture, &one.host).map(|p| (one.host.clone(), p)));
         }
+        loans.tend(order, &invocations, &known, ui);
         turn = turn.wrapping_add(LOOKED_UP) % running.len().max(1);
         // One line a host whenever something is new, so that a log reads well; a fleet's table comes at the end.
         if invocations.len() <= 50 {
@@ -159,6 +166,55 @@ pub fn follow(store: &Store, order: &Order, ssm: &Ssm, ui: &Ui) -> Result<u8> {
             return Ok(code(&invocations));
         }
         std::thread::sleep(BETWEEN);
+    }
+}
+
+/// Credentials that hosts were lent: renewed while they are needed, taken back when they are not.
+struct Loans {
+    lender: Option<Lender>,
+    /// The newest of each host.
+    loans: BTreeMap<String, Loan>,
+    /// Hosts that were lent others than the first: when an agent has read those, nobody knows.
+    renewed: BTreeSet<String>,
+    /// Hosts whose order lies in its bucket no longer.
+    taken: BTreeSet<String>,
+}
+
+impl Loans {
+    fn of(order: &Order, at: &At) -> Result<Self> {
+        let lender = order.session.as_ref().map(|s| Lender::open(&at.aws.reach(), s));
+        Ok(Loans {
+            lender: lender.transpose()?,
+            loans: order.loans.clone(),
+            renewed: BTreeSet::new(),
+            taken: BTreeSet::new(),
+        })
+    }
+
+    fn tend(&mut self, order: &Order, hosts: &[Invocation], known: &BTreeMap<String, Progress>, ui: &Ui) {
+        let Some(lender) = &self.lender else { return };
+        for one in hosts {
+            let host = &one.host;
+            let half_over = self.loans.get(host).is_some_and(|loan| {
+                Timestamp::now().duration_since(loan.lent) > loan.expires.duration_since(loan.lent) / 2
+            });
+            // An agent that has told something has read its order; it asks for new credentials when a quarter of their time is left.
+            let has_read = known.contains_key(host) && !self.renewed.contains(host);
+            let done = if one.state == State::InProgress && half_over {
+                self.renewed.insert(host.clone());
+                self.taken.remove(host);
+                lender
+                    .lend(&order.store, order.capture, host)
+                    .map(|loan| _ = self.loans.insert(host.clone(), loan))
+            } else if (has_read || one.state.is_over()) && self.taken.insert(host.clone()) {
+                lender.take_back(order.capture, host)
+            } else {
+                Ok(())
+            };
+            if let Err(error) = done {
+                ui.warn(&format!("{}: {error:#}", printable(host.as_bytes())));
+            }
+        }
     }
 }
 
@@ -198,7 +254,7 @@ fn view<'a>(
 ) -> Result<View<'a>> {
     Ok(View {
         capture: order.capture,
-        command: order.command()?,
+        commands: order.commands()?,
         store: &order.store,
         counts: counts(invocations),
         hosts: invocations

@@ -61,8 +61,8 @@ pub struct Faults {
     seed: AtomicU64,
     count: AtomicU64,
     hit: AtomicU64,
-    /// Puts of evidence that still go through before the others are held back; unlimited where there is nothing.
-    free: Mutex<Option<u64>>,
+    /// Puts of one writer that still go through before the others are held back.
+    free: Mutex<Option<(String, u64)>>,
     held: AtomicU64,
 }
 
@@ -79,10 +79,10 @@ impl Faults {
         self.one_in.store(one_in, Ordering::SeqCst);
     }
 
-    /// So many more puts of evidence go through; those behind them wait until [`Faults::release`].
-    pub fn hold_after(&self, puts: u64) {
+    /// So many more puts of a writer go through; those behind them wait until [`Faults::release`].
+    pub fn hold(&self, writer: &str, after: u64) {
         self.held.store(0, Ordering::SeqCst);
-        *self.free.lock().unwrap_or_else(PoisonError::into_inner) = Some(puts);
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner) = Some((writer.to_owned(), after));
     }
 
     /// Lets go what is held back.
@@ -95,15 +95,16 @@ impl Faults {
         self.held.load(Ordering::SeqCst)
     }
 
-    /// Waits where puts are held back.
-    pub fn pass(&self) {
+    /// Waits where puts of this writer are held back.
+    pub fn pass(&self, writer: &str) {
         let until = Instant::now() + HELD;
         let mut counted = false;
         while Instant::now() < until {
             match &mut *self.free.lock().unwrap_or_else(PoisonError::into_inner) {
+                Some((held, free)) if held == writer && *free == 0 => (),
                 None => return,
-                Some(0) => (),
-                Some(free) => {
+                Some((held, _)) if held != writer => return,
+                Some((_, free)) => {
                     *free -= 1;
                     return;
                 }

@@ -8,7 +8,7 @@ use super::{
     iam::{Question, decide},
     localstack::LocalStack,
     principals::{Principal, Principals, xml_error},
-    sigv4::decode,
+    sigv4::{decode, parameter},
 };
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -29,7 +29,11 @@ pub struct Gate {
     local: Arc<LocalStack>,
     policies: Arc<Mutex<BTreeMap<String, Value>>>,
     services: Services,
+    roles: Roles,
 }
+
+/// Roles that can be assumed, and their policies.
+type Roles = Arc<Mutex<BTreeMap<String, Vec<Value>>>>;
 
 /// Who answers for a service other than S3, by the name in the signature.
 type Services = Arc<Mutex<BTreeMap<String, Handler>>>;
@@ -54,6 +58,7 @@ struct Inside {
     local: Arc<LocalStack>,
     policies: Arc<Mutex<BTreeMap<String, Value>>>,
     services: Services,
+    roles: Roles,
 }
 
 impl Gate {
@@ -66,6 +71,7 @@ impl Gate {
             local: Arc::new(LocalStack::start()?),
             policies: Arc::default(),
             services: Arc::default(),
+            roles: Arc::default(),
         });
         let handler = inside.clone();
         let server = Server::start(Arc::new(move |request| handler.handle(&request)))?;
@@ -76,6 +82,7 @@ impl Gate {
             local: inside.local.clone(),
             policies: inside.policies.clone(),
             services: inside.services.clone(),
+            roles: inside.roles.clone(),
             server,
         })
     }
@@ -91,6 +98,14 @@ impl Gate {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(service.to_owned(), handler);
+    }
+
+    /// Enters a role that whoever may can assume.
+    pub fn role(&self, arn: &str, policies: Vec<Value>) {
+        self.roles
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(arn.to_owned(), policies);
     }
 
     /// Its port.
@@ -184,7 +199,7 @@ impl Inside {
             return Ok(handler(request.clone()));
         }
         if claim.service == "sts" {
-            return Ok(Reply::Whole(caller_identity(&principal)));
+            return self.sts(request, &principal).map(Reply::Whole);
         }
         let (bucket, key) = request
             .path
@@ -259,8 +274,8 @@ impl Inside {
                     "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with Object Lock parameters",
                 )));
             }
-            if key.starts_with(&format!("evidence/{}/", super::WRITER)) {
-                self.faults.pass();
+            if key.starts_with("evidence/") {
+                self.faults.pass(&principal.userid);
             }
             if let Some(fault) = self.faults.next() {
                 let answer = match fault.takes_effect() {
@@ -271,6 +286,55 @@ impl Inside {
             }
         }
         Ok(Reply::Whole(forward(request, self.local.port)?))
+    }
+}
+
+impl Inside {
+    fn sts(&self, request: &Request, principal: &Principal) -> Result<Response> {
+        let form = String::from_utf8_lossy(&request.body).replace('+', "%20");
+        let field = |name: &str| parameter(&form, name).unwrap_or_default();
+        if field("Action") == "GetCallerIdentity" {
+            return Ok(caller_identity(principal));
+        }
+        ensure!(field("Action") == "AssumeRole", "STS: {}", field("Action"));
+        let (arn, name) = (field("RoleArn"), field("RoleSessionName"));
+        let question = Question {
+            action: "sts:AssumeRole",
+            resource: &arn,
+            context: &BTreeMap::new(),
+        };
+        let allowed = decide(&principal.policies, principal.session.as_ref(), None, &question)?;
+        let policies = self
+            .roles
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&arn)
+            .cloned();
+        let (Ok(()), Some(policies)) = (allowed, policies) else {
+            return Ok(xml_error(403, "AccessDenied", "may not assume the role"));
+        };
+        let session = match field("Policy") {
+            text if text.is_empty() => None,
+            text => Some(serde_json::from_str(&text).context("a session policy")?),
+        };
+        let seconds = match self.principals.lent_seconds() {
+            0 => field("DurationSeconds").parse()?,
+            short => short,
+        };
+        let role = arn.rsplit('/').next().unwrap_or_default();
+        let userid = format!("AROALAB{role}:{name}");
+        let (key, lent) = self
+            .principals
+            .add(&userid, &arn, policies, session, Some(seconds));
+        let body = format!(
+            "<AssumeRoleResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><AssumeRoleResult><AssumedRoleUser><Arn>{arn}</Arn>\
+             <AssumedRoleId>{userid}</AssumedRoleId></AssumedRoleUser><Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>{}</SecretAccessKey>\
+             <SessionToken>{}</SessionToken><Expiration>{:.0}</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>",
+            lent.secret,
+            lent.token.unwrap_or_default(),
+            lent.expires.context("no end")?,
+        );
+        Ok(Response::new(200, "text/xml", body))
     }
 }
 

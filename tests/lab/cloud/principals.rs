@@ -8,7 +8,10 @@ use jiff::{Timestamp, ToSpan as _};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
 };
 
 /// One key.
@@ -48,6 +51,8 @@ fn random(count: usize) -> String {
 pub struct Principals {
     keys: Mutex<BTreeMap<String, Principal>>,
     next: Mutex<u64>,
+    /// Seconds that sessions are good for, whatever was asked for; that where this is zero.
+    lent_seconds: AtomicI64,
 }
 
 impl Principals {
@@ -83,6 +88,24 @@ impl Principals {
         };
         self.keys().insert(key.clone(), principal.clone());
         (key, principal)
+    }
+
+    /// Has sessions end after so many seconds, whatever is asked for.
+    pub fn shorten_sessions(&self, seconds: i64) {
+        self.lent_seconds.store(seconds, Ordering::SeqCst);
+    }
+
+    /// See [`Principals::shorten_sessions`].
+    pub fn lent_seconds(&self) -> i64 {
+        self.lent_seconds.load(Ordering::SeqCst)
+    }
+
+    /// The newest session of this user id, with its key.
+    pub fn session(&self, userid: &str) -> Option<(String, Principal)> {
+        let keys = self.keys();
+        let of = keys.iter().filter(|(_, p)| p.userid == userid);
+        of.max_by_key(|(_, p)| p.expires)
+            .map(|(key, p)| (key.clone(), p.clone()))
     }
 
     /// Every secret and every token that was handed out.

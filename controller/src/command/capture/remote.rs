@@ -2,7 +2,10 @@
 
 use super::{Args, orderer};
 use crate::{
-    aws::ssm::{Document, Host, MOST_INSTANCES, Spread, Ssm, Targets},
+    aws::{
+        session::{Lender, Session},
+        ssm::{Document, Host, MOST_INSTANCES, Spread, Ssm, Targets},
+    },
     command::{order::Order, watch},
     stored::Store,
     ui::Ui,
@@ -43,6 +46,18 @@ pub struct Remote {
     /// Have the agent fetched first, from where S3 has it
     #[arg(long)]
     pub agent_url: Option<String>,
+    /// Whose credentials the hosts write with: their own role's, or those of a session that is lent to each
+    #[arg(long, value_enum, default_value_t)]
+    pub credentials: Credentials,
+    /// The role whose session is lent, by its ARN
+    #[arg(long, required_if_eq("credentials", "session"))]
+    pub session_role: Option<String>,
+    /// The bucket in which lent credentials lie for a moment; not that of the evidence
+    #[arg(long, required_if_eq("credentials", "session"))]
+    pub order_bucket: Option<String>,
+    /// Seconds that lent credentials are good for; `watch` renews them
+    #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(i32).range(900..=43_200))]
+    pub session_seconds: i32,
     /// Where the hosts reach AWS, where that is not as usual
     #[arg(long)]
     pub host_endpoint_url: Option<String>,
@@ -66,7 +81,34 @@ pub struct Remote {
     pub plan: bool,
 }
 
+/// Whose credentials a host writes with.
+#[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Credentials {
+    /// Its own role's.
+    #[default]
+    Role,
+    /// Those of a session that is lent.
+    Session,
+}
+
 impl Remote {
+    fn session(&self) -> Result<Option<Session>> {
+        if self.credentials == Credentials::Role {
+            return Ok(None);
+        }
+        if self.instance.is_empty() {
+            bail!("--credentials session is for hosts named with --instance: each gets an order of its own");
+        }
+        let (Some(role), Some(bucket)) = (self.session_role.clone(), self.order_bucket.clone()) else {
+            bail!("--credentials session needs --session-role and --order-bucket");
+        };
+        Ok(Some(Session {
+            role,
+            bucket,
+            seconds: self.session_seconds,
+        }))
+    }
+
     /// True when anybody is named.
     pub fn is_meant(&self) -> bool {
         !self.instance.is_empty() || !self.tag.is_empty() || self.resource_group.is_some()
@@ -124,12 +166,14 @@ struct Plan<'a> {
     hosts: Option<Vec<Host>>,
     agent_sha256: &'a str,
     parameters: &'a BTreeMap<&'static str, String>,
+    /// Whose credentials are lent.
+    session: Option<&'a Session>,
 }
 
 #[derive(Serialize)]
 struct Sent<'a> {
     capture: CaptureId,
-    command: &'a str,
+    commands: &'a [String],
 }
 
 /// Orders it.
@@ -178,7 +222,9 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         document,
         agent_sha256,
         agent: remote.agent_path.clone(),
-        command: None,
+        session: remote.session()?,
+        loans: BTreeMap::new(),
+        commands: Vec::new(),
     };
     let mut parameters: BTreeMap<&'static str, String> = [
         ("CaptureId", order.capture.to_string()),
@@ -213,6 +259,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             targets: &order.targets,
             agent_sha256: &order.agent_sha256,
             parameters: &parameters,
+            session: order.session.as_ref(),
         };
         ui.print(&plan, || text(&plan));
         return Ok(0);
@@ -227,25 +274,28 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         delivery_seconds: remote.delivery_timeout,
     };
     let comment = format!("Stillframe {} {}", order.capture, order.case);
-    let command = ssm.send(&order.document, &order.targets, &parameters, &spread, &comment)?;
-    order.command = Some(command.clone());
+    let sent = send(&mut order, args, &ssm, &mut parameters, &spread, &comment);
+    // Whatever was sent stands in the order, also when the next was not.
     order.keep(&store).with_context(|| {
         format!(
-            "capture {} was sent as command {command}, and that could not be written down",
-            order.capture
+            "capture {} was sent as {}, and that could not be written down",
+            order.capture,
+            order.commands.join(", ")
         )
     })?;
+    sent?;
     let sent = Sent {
         capture: order.capture,
-        command: &command,
+        commands: &order.commands,
     };
+    let commands = order.commands.join(", ");
     if remote.watch {
-        ui.say(&format!("capture {}  command {command}", order.capture));
-        return watch::follow(&store, &order, &ssm, ui);
+        ui.say(&format!("capture {}  command {commands}", order.capture));
+        return watch::follow(&store, &order, &args.at, &ssm, ui);
     }
     ui.print(&sent, || {
         format!(
-            "capture {}  command {command}\n{:<16}  stillframe watch {} --store {}",
+            "capture {}  command {commands}\n{:<16}  stillframe watch {} --store {}",
             order.capture,
             "next",
             order.capture,
@@ -253,6 +303,40 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         )
     });
     Ok(0)
+}
+
+/// Sends one command; or one a host, each with the address of the credentials that are lent to it.
+fn send(
+    order: &mut Order,
+    args: &Args,
+    ssm: &Ssm,
+    parameters: &mut BTreeMap<&'static str, String>,
+    spread: &Spread,
+    comment: &str,
+) -> Result<()> {
+    let (Some(session), Targets::Instances(hosts)) = (&order.session, &order.targets) else {
+        let command = ssm.send(&order.document, &order.targets, parameters, spread, comment)?;
+        order.commands.push(command);
+        return Ok(());
+    };
+    let lender = Lender::open(&args.at.aws.reach(), session)?;
+    for host in hosts {
+        let loan = lender.lend(&order.store, order.capture, host)?;
+        order.loans.insert(host.clone(), loan);
+        parameters.insert("OrderUrl", lender.address(order.capture, host)?);
+        let target = Targets::Instances(vec![host.clone()]);
+        match ssm.send(&order.document, &target, parameters, spread, comment) {
+            Ok(command) => order.commands.push(command),
+            Err(error) => {
+                let left = lender.take_back(order.capture, host);
+                return Err(error.context(match left {
+                    Ok(()) => format!("{host}: what was lent is taken back"),
+                    Err(why) => format!("{host}: and what was lent could not be taken back ({why:#})"),
+                }));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn text(plan: &Plan) -> String {
@@ -263,6 +347,14 @@ fn text(plan: &Plan) -> String {
     lines.push(format!("agent             sha256 {}", plan.agent_sha256));
     for (name, value) in plan.parameters {
         lines.push(format!("  {name:<16} {}", printable(value.as_bytes())));
+    }
+    if let Some(session) = plan.session {
+        lines.push(format!(
+            "lent              {} for {} s, by way of s3://{}",
+            printable(session.role.as_bytes()),
+            session.seconds,
+            printable(session.bucket.as_bytes())
+        ));
     }
     for host in plan.hosts.iter().flatten() {
         lines.push(format!(

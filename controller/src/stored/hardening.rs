@@ -1,0 +1,128 @@
+//! Whether a bucket keeps evidence as it must be kept: versions, Object Lock, the project's policy. It asks, and changes nothing.
+
+use crate::{
+    aws::said,
+    command::doctor::{Finding, Health},
+};
+use anyhow::{Context as _, Result, anyhow};
+use aws_sdk_s3::{
+    Client,
+    types::{BucketVersioningStatus, ObjectLockEnabled, ObjectLockRetentionMode},
+};
+use serde_json::Value;
+use stillframe_store::{
+    aws::{self, Reach},
+    s3::address,
+};
+
+/// The policy that the bucket must have.
+const POLICY: &str = include_str!("../../../ssm-documents/policies/evidence-bucket.json");
+const ATTEMPTS: u32 = 4;
+
+/// What is to be said of the bucket of `s3://bucket/prefix`.
+pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Finding>> {
+    let (bucket, _) = address(target).map_err(|why| anyhow!(why))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?;
+    runtime.block_on(async {
+        let config = aws::config(reach, ATTEMPTS, None).await;
+        let client = Client::new(&config.map_err(|why| anyhow!("--store {target}: {why}"))?);
+        Ok(vec![
+            versioning(&client, bucket).await,
+            lock(&client, bucket).await,
+            policy(&client, bucket).await,
+        ])
+    })
+}
+
+async fn versioning(client: &Client, bucket: &str) -> Finding {
+    let what = "bucket versioning";
+    match client.get_bucket_versioning().bucket(bucket).send().await {
+        Ok(answer) if answer.status() == Some(&BucketVersioningStatus::Enabled) => {
+            Finding::new(what, Health::Good, "enabled")
+        }
+        Ok(_) => Finding::new(what, Health::Bad, "not enabled: Object Lock needs it, and without it nothing is anchored"),
+        Err(error) => Finding::new(what, Health::Bad, said(&error)),
+    }
+}
+
+async fn lock(client: &Client, bucket: &str) -> Finding {
+    let what = "bucket lock";
+    let answer = match client.get_object_lock_configuration().bucket(bucket).send().await {
+        Ok(answer) => answer,
+        Err(error) => {
+            let why = format!("{}: without Object Lock no capture in it is verified, only self-consistent", said(&error));
+            return Finding::new(what, Health::Bad, why);
+        }
+    };
+    let configuration = answer.object_lock_configuration();
+    if configuration.and_then(|c| c.object_lock_enabled()) != Some(&ObjectLockEnabled::Enabled) {
+        return Finding::new(what, Health::Bad, "Object Lock is not enabled");
+    }
+    let retention = configuration.and_then(|c| c.rule()?.default_retention());
+    match retention.map(|r| (r.mode(), r.days(), r.years())) {
+        Some((Some(ObjectLockRetentionMode::Compliance), days, years)) => {
+            let time = match (days, years) {
+                (Some(days), _) => format!("{days} days"),
+                (_, Some(years)) => format!("{years} years"),
+                _ => "a time that is not stated".to_owned(),
+            };
+            Finding::new(what, Health::Good, format!("COMPLIANCE by default, {time}"))
+        }
+        Some((Some(mode), ..)) => Finding::new(
+            what,
+            Health::Weak,
+            format!("{mode:?} by default: whoever may bypass it can take evidence away; COMPLIANCE cannot be bypassed"),
+        ),
+        _ => Finding::new(what, Health::Bad, "no default retention: what agents write would not be locked"),
+    }
+}
+
+async fn policy(client: &Client, bucket: &str) -> Finding {
+    let what = "bucket policy";
+    let has = match client.get_bucket_policy().bucket(bucket).send().await {
+        Ok(answer) => answer.policy().unwrap_or_default().to_owned(),
+        Err(error) => return Finding::new(what, Health::Bad, said(&error)),
+    };
+    match missing(&has, bucket) {
+        Ok(missing) if missing.is_empty() => {
+            Finding::new(what, Health::Good, "every statement of policies/evidence-bucket.json is in it")
+        }
+        Ok(missing) => Finding::new(
+            what,
+            Health::Bad,
+            format!("of policies/evidence-bucket.json it has not, or not so: {}", missing.join(", ")),
+        ),
+        Err(error) => Finding::new(what, Health::Bad, format!("{error:#}")),
+    }
+}
+
+/// The statements of the project's policy that a policy does not have word for word; it may have more.
+fn missing(has: &str, bucket: &str) -> Result<Vec<String>> {
+    let has: Value = serde_json::from_str(has).context("the policy is no JSON")?;
+    let wanted: Value = serde_json::from_str(&POLICY.replace("EVIDENCE_BUCKET", bucket))?;
+    let statements = |policy: &Value| policy.get("Statement").and_then(Value::as_array).cloned().unwrap_or_default();
+    let there = statements(&has);
+    let absent = statements(&wanted).into_iter().filter(|statement| !there.contains(statement));
+    let name = |statement: Value| statement.get("Sid").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Ok(absent.map(name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_that_lacks_a_statement_is_told() {
+        let whole = POLICY.replace("EVIDENCE_BUCKET", "b");
+        assert!(missing(&whole, "b").unwrap().is_empty());
+        let mut less: Value = serde_json::from_str(&whole).unwrap();
+        less["Statement"].as_array_mut().unwrap().remove(1);
+        less["Statement"][0]["Effect"] = "Allow".into();
+        let missing = missing(&less.to_string(), "b").unwrap();
+        assert_eq!(missing, ["TlsOnly", "EvidenceIsWrittenOnce"]);
+        assert!(super::missing("x", "b").is_err());
+    }
+}
