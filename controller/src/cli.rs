@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::{
-    command::{capture, cat, fetch, list, receive, salvage, show, stop, symbols, verify, watch},
+    command::{capture, cat, doctor, fetch, list, receive, salvage, show, stop, symbols, verify, watch},
     stored::NoEvent,
     ui::{Output, Ui},
 };
@@ -31,6 +31,8 @@ enum Verb {
     Stop(stop::Args),
     /// Have a capture killed where it runs
     Cancel(stop::Args),
+    /// Say what of an order would fail, and why, before one is given
+    Doctor(doctor::Args),
     /// Write the stream of `stillframe-agent capture --store -` into a store
     Receive(receive::Args),
     /// List the captures of a store
@@ -60,6 +62,7 @@ pub fn run() -> ExitCode {
         Verb::Status(args) => watch::status(&args, &ui),
         Verb::Stop(args) => stop::stop(&args, &ui),
         Verb::Cancel(args) => stop::cancel(&args, &ui),
+        Verb::Doctor(args) => doctor::run(&args, &ui),
         Verb::Receive(args) => receive::run(&args, &ui),
         Verb::List(args) => list::run(&args, &ui),
         Verb::Show(args) => show::run(&args, &ui),

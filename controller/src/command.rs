@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod cat;
+pub mod doctor;
 pub mod fetch;
 pub mod list;
 pub mod order;
@@ -12,6 +13,7 @@ pub mod stop;
 pub mod symbols;
 pub mod verify;
 pub mod watch;
+pub mod whom;
 
 use clap::Args;
 use std::path::PathBuf;

@@ -14,7 +14,7 @@ use stillframe_evidence::root::Hash;
 use stillframe_tests::{
     captured::{self, MARKERS},
     cloud::{
-        BUCKET, Cloud, DOCUMENTS, INSTANCE, ORDERS, SESSION_ROLE, WRITER, checksum,
+        BUCKET, Cloud, DOCUMENTS, INSTANCE, OPEN, ORDERS, SESSION_ROLE, WRITER, checksum,
         document::{render, validate},
         metadata, policy,
         post::Post,
@@ -371,6 +371,83 @@ fn a_plan_says_who_is_meant_and_touches_nothing() {
         Some(2),
         "nothing was written down"
     );
+}
+
+#[test]
+fn a_doctor_says_what_would_fail() {
+    let cloud = cloud();
+    let doctor = |arguments: &[&str]| {
+        let mut doctor = cloud.responder().unwrap();
+        let output = doctor
+            .args(["doctor", "--output", "json"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        let told = json_of(&output);
+        let checks = told["checks"].as_array().unwrap().clone();
+        let of = move |what: &str| {
+            let check = checks.iter().find(|check| check["what"] == what);
+            check.unwrap_or_else(|| panic!("{what}: {checks:?}"))["health"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        };
+        (output.status.code(), of)
+    };
+    let good = format!("s3://{BUCKET}");
+    let (code, health) = doctor(&["--store", &good, "--instance", INSTANCE]);
+    for what in [
+        "credentials",
+        "bucket versioning",
+        "bucket lock",
+        "bucket policy",
+        "agent",
+        "host i-0lab",
+    ] {
+        assert_eq!(health(what), "good", "{what}");
+    }
+    assert_eq!(code, Some(0));
+    // A bucket that keeps nothing, and a host that nobody knows.
+    let open = format!("s3://{OPEN}");
+    let (code, health) = doctor(&[
+        "--store",
+        &open,
+        "--instance",
+        "i-0nobody",
+        "--document",
+        "Nothing",
+    ]);
+    for what in [
+        "bucket versioning",
+        "bucket lock",
+        "bucket policy",
+        "document Nothing",
+        "host i-0nobody",
+    ] {
+        assert_eq!(health(what), "bad", "{what}");
+    }
+    assert_eq!(code, Some(1));
+}
+
+/// Each service may be reached by a way of its own, and the variable for all does not stand in its way.
+#[test]
+fn one_service_is_reached_by_its_own_variable() {
+    let cloud = cloud();
+    let output = cloud
+        .responder()
+        .unwrap()
+        .env("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        .envs(["S3", "SSM", "STS"].map(|service| (format!("AWS_ENDPOINT_URL_{service}"), cloud.gate.url())))
+        .args([
+            "doctor",
+            "--store",
+            &format!("s3://{BUCKET}"),
+            "--instance",
+            INSTANCE,
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
 }
 
 #[test]

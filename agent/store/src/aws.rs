@@ -24,7 +24,11 @@ use aws_smithy_http_client::{
     Builder,
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
-use aws_types::region::Region;
+use aws_types::{
+    origin::Origin,
+    region::Region,
+    service_config::{LoadServiceConfig, ServiceConfigKey},
+};
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
@@ -32,7 +36,7 @@ use std::{
 };
 use tokio::runtime::Runtime;
 
-/// How AWS is reached, where it is not as the SDK's variables say (`AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_USE_FIPS_ENDPOINT`,
+/// How AWS is reached, where it is not as the SDK's variables say (`AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_S3` and the like, `AWS_USE_FIPS_ENDPOINT`,
 /// `AWS_USE_DUALSTACK_ENDPOINT`, `AWS_CA_BUNDLE`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
@@ -120,10 +124,29 @@ pub async fn config(
         )
         .use_fips(reach.fips || is_set("AWS_USE_FIPS_ENDPOINT"))
         .use_dual_stack(reach.dual_stack || is_set("AWS_USE_DUALSTACK_ENDPOINT"));
-    if let Some(endpoint) = reach.endpoint.clone().or_else(|| variable("AWS_ENDPOINT_URL")) {
-        config = config.endpoint_url(endpoint);
+    // A flag is for every service; a variable of one service is for it alone, and goes before the one for all.
+    match reach.endpoint.clone() {
+        Some(endpoint) => {
+            config = config.endpoint_url(endpoint);
+            config.insert_origin("endpoint_url", Origin::shared_config());
+        }
+        None => {
+            config.set_endpoint_url(variable("AWS_ENDPOINT_URL"));
+            config.set_service_config(Some(OfOneService));
+        }
     }
     Ok(config.build())
+}
+
+/// Variables of one service, such as `AWS_ENDPOINT_URL_S3`.
+#[derive(Debug)]
+struct OfOneService;
+
+impl LoadServiceConfig for OfOneService {
+    fn load_config(&self, key: ServiceConfigKey<'_>) -> Option<String> {
+        let service = key.service_id().to_uppercase().replace([' ', '-'], "_");
+        variable(&format!("{}_{service}", key.env()))
+    }
 }
 
 /// What a service said, or what went wrong on the way, in one line.

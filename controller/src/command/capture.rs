@@ -97,7 +97,7 @@ struct Done<'a> {
 
 /// Orders it.
 pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
-    match (args.local, args.remote.is_meant()) {
+    match (args.local, args.remote.whom.is_meant()) {
         (true, false) if args.remote.plan => {
             bail!("--plan is for hosts; of this machine: stillframe-agent capture --plan --store DIR")
         }
@@ -207,7 +207,8 @@ fn local(args: &Args, ui: &Ui) -> Result<u8> {
     })
 }
 
-fn beside() -> Result<PathBuf> {
+/// Where the agent lies that came with this program.
+pub fn beside() -> Result<PathBuf> {
     let own = std::env::current_exe().context("where this program lies")?;
     let name = format!("stillframe-agent{}", std::env::consts::EXE_SUFFIX);
     let agent = own.with_file_name(name);

@@ -1,13 +1,10 @@
 //! `doctor`: what of an order would fail, and why, before one is given. It asks, and changes nothing. What a host's role may do it cannot know: no API that the
 //! programs use says it, and the host's first object shows it.
 
-use super::{
-    At,
-    capture::{beside, remote::Whom},
-};
+use super::{At, capture::beside, whom::Whom};
 use crate::{
     aws::{caller, ssm::Ssm},
-    stored::hardening,
+    stored::{Check, Health, hardening},
     ui::Ui,
 };
 use anyhow::{Context as _, Result, bail};
@@ -28,44 +25,10 @@ pub struct Args {
     document: Vec<String>,
 }
 
-/// How a thing is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Health {
-    /// As it must be.
-    Good,
-    /// Something will be less than it could be.
-    Weak,
-    /// An order would fail.
-    Bad,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Serialize)]
-pub struct Finding {
-    /// What.
-    pub what: String,
-    /// How it is.
-    pub health: Health,
-    /// What was seen, and what to do.
-    pub about: String,
-}
-
-impl Finding {
-    /// That something is so.
-    pub fn new(what: impl Into<String>, health: Health, about: impl Into<String>) -> Self {
-        Finding {
-            what: what.into(),
-            health,
-            about: about.into(),
-        }
-    }
-}
-
 #[derive(Serialize)]
 struct Report {
     health: Health,
-    findings: Vec<Finding>,
+    checks: Vec<Check>,
 }
 
 /// Looks at everything. 0 when all is good, 5 when something is weak, 1 when an order would fail.
@@ -73,27 +36,27 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let store = args.at.store.to_str().filter(|s| s.starts_with("s3://"));
     let store = store.context("--store: evidence of hosts goes to s3://bucket/prefix")?;
     let reach = args.at.aws.reach();
-    let mut findings = vec![match caller(&reach) {
-        Ok(arn) => Finding::new("credentials", Health::Good, arn),
-        Err(error) => Finding::new("credentials", Health::Bad, format!("{error:#}")),
+    let mut checks = vec![match caller(&reach) {
+        Ok(arn) => Check::new("credentials", Health::Good, arn),
+        Err(error) => Check::new("credentials", Health::Bad, format!("{error:#}")),
     }];
-    findings.extend(hardening(store, &reach)?);
+    checks.extend(hardening(store, &reach)?);
     let ssm = Ssm::open(&reach)?;
     for name in &args.document {
         let what = format!("document {name}");
-        findings.push(match ssm.document(name) {
-            Ok(document) => Finding::new(
+        checks.push(match ssm.document(name) {
+            Ok(document) => Check::new(
                 what,
                 Health::Good,
                 format!("version {}, sha256 {}", document.version, document.hash),
             ),
-            Err(error) => Finding::new(what, Health::Bad, format!("{error:#}")),
+            Err(error) => Check::new(what, Health::Bad, format!("{error:#}")),
         });
     }
-    findings.push(agent());
-    findings.extend(hosts(args, &ssm)?);
-    let health = findings.iter().map(|f| f.health).max().unwrap_or(Health::Good);
-    let report = Report { health, findings };
+    checks.push(agent());
+    checks.extend(hosts(args, &ssm)?);
+    let health = checks.iter().map(|f| f.health).max().unwrap_or(Health::Good);
+    let report = Report { health, checks };
     ui.print(&report, || text(&report));
     Ok(match health {
         Health::Good => 0,
@@ -102,7 +65,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     })
 }
 
-fn agent() -> Finding {
+fn agent() -> Check {
     let bytes = beside().and_then(|path| {
         std::fs::read(&path)
             .map(|bytes| (path.clone(), bytes))
@@ -111,13 +74,16 @@ fn agent() -> Finding {
     match bytes {
         Ok((path, bytes)) => {
             let sha256 = Hash(Sha256::digest(bytes).into());
-            Finding::new(
+            Check::new(
                 "agent",
                 Health::Good,
-                format!("{} sha256 {sha256}: what hosts must have, unless --agent-sha256 says otherwise", path.display()),
+                format!(
+                    "{} sha256 {sha256}: what hosts must have, unless --agent-sha256 says otherwise",
+                    path.display()
+                ),
             )
         }
-        Err(error) => Finding::new(
+        Err(error) => Check::new(
             "agent",
             Health::Weak,
             format!("{error:#}; orders need --agent-sha256 then"),
@@ -125,9 +91,9 @@ fn agent() -> Finding {
     }
 }
 
-fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Finding>> {
+fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Check>> {
     if !args.whom.is_meant() {
-        return Ok(vec![Finding::new(
+        return Ok(vec![Check::new(
             "hosts",
             Health::Weak,
             "none was named (--instance, --tag): none was looked at",
@@ -136,10 +102,12 @@ fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Finding>> {
     let targets = args.whom.targets()?;
     let known = match ssm.hosts(&targets) {
         Ok(Some(known)) => known,
-        Ok(None) => bail!("a resource group is resolved when a command is sent: name hosts with --instance or --tag"),
-        Err(error) => return Ok(vec![Finding::new("hosts", Health::Bad, format!("{error:#}"))]),
+        Ok(None) => {
+            bail!("a resource group is resolved when a command is sent: name hosts with --instance or --tag")
+        }
+        Err(error) => return Ok(vec![Check::new("hosts", Health::Bad, format!("{error:#}"))]),
     };
-    let mut findings: Vec<Finding> = known
+    let mut checks: Vec<Check> = known
         .iter()
         .map(|host| {
             let about = format!(
@@ -158,30 +126,36 @@ fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Finding>> {
                     format!("{about}: an order would not reach it (the SSM agent, its role, or its way to the endpoints)"),
                 ),
             };
-            Finding::new(format!("host {}", host.id), health, about)
+            Check::new(format!("host {}", host.id), health, about)
         })
         .collect();
-    for id in args.whom.instance.iter().filter(|id| !known.iter().any(|host| host.id == **id)) {
-        let why = "Systems Manager does not know it: no SSM agent, no role that may register, or another region";
-        findings.push(Finding::new(format!("host {id}"), Health::Bad, why));
+    for id in args
+        .whom
+        .instance
+        .iter()
+        .filter(|id| !known.iter().any(|host| host.id == **id))
+    {
+        let why =
+            "Systems Manager does not know it: no SSM agent, no role that may register, or another region";
+        checks.push(Check::new(format!("host {id}"), Health::Bad, why));
     }
-    if findings.is_empty() {
-        findings.push(Finding::new("hosts", Health::Bad, "nobody has that tag"));
+    if checks.is_empty() {
+        checks.push(Check::new("hosts", Health::Bad, "nobody has that tag"));
     }
-    Ok(findings)
+    Ok(checks)
 }
 
 fn text(report: &Report) -> String {
-    let lines = report.findings.iter().map(|finding| {
-        let health = match finding.health {
+    let lines = report.checks.iter().map(|check| {
+        let health = match check.health {
             Health::Good => "good",
             Health::Weak => "weak",
             Health::Bad => "BAD",
         };
         format!(
             "{health:<6}{:<32} {}",
-            printable(finding.what.as_bytes()),
-            printable(finding.about.as_bytes())
+            printable(check.what.as_bytes()),
+            printable(check.about.as_bytes())
         )
     });
     lines.collect::<Vec<_>>().join("\n")

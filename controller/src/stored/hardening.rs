@@ -1,14 +1,12 @@
 //! Whether a bucket keeps evidence as it must be kept: versions, Object Lock, the project's policy. It asks, and changes nothing.
 
-use crate::{
-    aws::said,
-    command::doctor::{Finding, Health},
-};
+use crate::aws::said;
 use anyhow::{Context as _, Result, anyhow};
 use aws_sdk_s3::{
     Client,
     types::{BucketVersioningStatus, ObjectLockEnabled, ObjectLockRetentionMode},
 };
+use serde::Serialize;
 use serde_json::Value;
 use stillframe_store::{
     aws::{self, Reach},
@@ -19,8 +17,42 @@ use stillframe_store::{
 const POLICY: &str = include_str!("../../../ssm-documents/policies/evidence-bucket.json");
 const ATTEMPTS: u32 = 4;
 
+/// How a thing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// As it must be.
+    Good,
+    /// Something will be less than it could be.
+    Weak,
+    /// An order would fail.
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    /// What.
+    pub what: String,
+    /// How it is.
+    pub health: Health,
+    /// What was seen, and what to do.
+    pub about: String,
+}
+
+impl Check {
+    /// That something is so.
+    pub fn new(what: impl Into<String>, health: Health, about: impl Into<String>) -> Self {
+        Check {
+            what: what.into(),
+            health,
+            about: about.into(),
+        }
+    }
+}
+
 /// What is to be said of the bucket of `s3://bucket/prefix`.
-pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Finding>> {
+pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Check>> {
     let (bucket, _) = address(target).map_err(|why| anyhow!(why))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -37,29 +69,36 @@ pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Finding>> {
     })
 }
 
-async fn versioning(client: &Client, bucket: &str) -> Finding {
+async fn versioning(client: &Client, bucket: &str) -> Check {
     let what = "bucket versioning";
     match client.get_bucket_versioning().bucket(bucket).send().await {
         Ok(answer) if answer.status() == Some(&BucketVersioningStatus::Enabled) => {
-            Finding::new(what, Health::Good, "enabled")
+            Check::new(what, Health::Good, "enabled")
         }
-        Ok(_) => Finding::new(what, Health::Bad, "not enabled: Object Lock needs it, and without it nothing is anchored"),
-        Err(error) => Finding::new(what, Health::Bad, said(&error)),
+        Ok(_) => Check::new(
+            what,
+            Health::Bad,
+            "not enabled: Object Lock needs it, and without it nothing is anchored",
+        ),
+        Err(error) => Check::new(what, Health::Bad, said(&error)),
     }
 }
 
-async fn lock(client: &Client, bucket: &str) -> Finding {
+async fn lock(client: &Client, bucket: &str) -> Check {
     let what = "bucket lock";
     let answer = match client.get_object_lock_configuration().bucket(bucket).send().await {
         Ok(answer) => answer,
         Err(error) => {
-            let why = format!("{}: without Object Lock no capture in it is verified, only self-consistent", said(&error));
-            return Finding::new(what, Health::Bad, why);
+            let why = format!(
+                "{}: without Object Lock no capture in it is verified, only self-consistent",
+                said(&error)
+            );
+            return Check::new(what, Health::Bad, why);
         }
     };
     let configuration = answer.object_lock_configuration();
     if configuration.and_then(|c| c.object_lock_enabled()) != Some(&ObjectLockEnabled::Enabled) {
-        return Finding::new(what, Health::Bad, "Object Lock is not enabled");
+        return Check::new(what, Health::Bad, "Object Lock is not enabled");
     }
     let retention = configuration.and_then(|c| c.rule()?.default_retention());
     match retention.map(|r| (r.mode(), r.days(), r.years())) {
@@ -69,33 +108,44 @@ async fn lock(client: &Client, bucket: &str) -> Finding {
                 (_, Some(years)) => format!("{years} years"),
                 _ => "a time that is not stated".to_owned(),
             };
-            Finding::new(what, Health::Good, format!("COMPLIANCE by default, {time}"))
+            Check::new(what, Health::Good, format!("COMPLIANCE by default, {time}"))
         }
-        Some((Some(mode), ..)) => Finding::new(
+        Some((Some(mode), ..)) => Check::new(
             what,
             Health::Weak,
-            format!("{mode:?} by default: whoever may bypass it can take evidence away; COMPLIANCE cannot be bypassed"),
+            format!(
+                "{mode:?} by default: whoever may bypass it can take evidence away; COMPLIANCE cannot be bypassed"
+            ),
         ),
-        _ => Finding::new(what, Health::Bad, "no default retention: what agents write would not be locked"),
+        _ => Check::new(
+            what,
+            Health::Bad,
+            "no default retention: what agents write would not be locked",
+        ),
     }
 }
 
-async fn policy(client: &Client, bucket: &str) -> Finding {
+async fn policy(client: &Client, bucket: &str) -> Check {
     let what = "bucket policy";
     let has = match client.get_bucket_policy().bucket(bucket).send().await {
         Ok(answer) => answer.policy().unwrap_or_default().to_owned(),
-        Err(error) => return Finding::new(what, Health::Bad, said(&error)),
+        Err(error) => return Check::new(what, Health::Bad, said(&error)),
     };
     match missing(&has, bucket) {
-        Ok(missing) if missing.is_empty() => {
-            Finding::new(what, Health::Good, "every statement of policies/evidence-bucket.json is in it")
-        }
-        Ok(missing) => Finding::new(
+        Ok(missing) if missing.is_empty() => Check::new(
+            what,
+            Health::Good,
+            "every statement of policies/evidence-bucket.json is in it",
+        ),
+        Ok(missing) => Check::new(
             what,
             Health::Bad,
-            format!("of policies/evidence-bucket.json it has not, or not so: {}", missing.join(", ")),
+            format!(
+                "of policies/evidence-bucket.json it has not, or not so: {}",
+                missing.join(", ")
+            ),
         ),
-        Err(error) => Finding::new(what, Health::Bad, format!("{error:#}")),
+        Err(error) => Check::new(what, Health::Bad, format!("{error:#}")),
     }
 }
 
@@ -103,10 +153,24 @@ async fn policy(client: &Client, bucket: &str) -> Finding {
 fn missing(has: &str, bucket: &str) -> Result<Vec<String>> {
     let has: Value = serde_json::from_str(has).context("the policy is no JSON")?;
     let wanted: Value = serde_json::from_str(&POLICY.replace("EVIDENCE_BUCKET", bucket))?;
-    let statements = |policy: &Value| policy.get("Statement").and_then(Value::as_array).cloned().unwrap_or_default();
+    let statements = |policy: &Value| {
+        policy
+            .get("Statement")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default()
+    };
     let there = statements(&has);
-    let absent = statements(&wanted).into_iter().filter(|statement| !there.contains(statement));
-    let name = |statement: Value| statement.get("Sid").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let absent = statements(&wanted)
+        .into_iter()
+        .filter(|statement| !there.contains(statement));
+    let name = |statement: Value| {
+        statement
+            .get("Sid")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
     Ok(absent.map(name).collect())
 }
 

@@ -261,6 +261,13 @@ impl Inside {
                 &format!("{} may not {action} {resource}: {why}", principal.arn),
             )));
         }
+        if action == "s3:GetBucketPolicy" {
+            let answer = policy.map_or_else(
+                || xml_error(404, "NoSuchBucketPolicy", "The bucket policy does not exist"),
+                |policy| Response::new(200, "application/json", policy.to_string()),
+            );
+            return Ok(Reply::Whole(answer));
+        }
         if action == "s3:PutObject" {
             // Object Lock demands a checksum in a header: a trailer does not count.
             if !request

@@ -4,9 +4,9 @@ use super::{Args, orderer};
 use crate::{
     aws::{
         session::{Lender, Session},
-        ssm::{Document, Host, MOST_INSTANCES, Spread, Ssm, Targets},
+        ssm::{Document, Host, Spread, Ssm, Targets},
     },
-    command::{order::Order, watch},
+    command::{order::Order, watch, whom::Whom},
     stored::Store,
     ui::Ui,
 };
@@ -22,15 +22,8 @@ use stillframe_evidence::{layout::CaptureId, root::Hash, text::printable};
 #[derive(ClapArgs)]
 #[command(next_help_heading = "By way of Systems Manager")]
 pub struct Remote {
-    /// Capture this instance; may be given up to 50 times
-    #[arg(long)]
-    pub instance: Vec<String>,
-    /// Capture every instance with this tag
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub tag: Vec<String>,
-    /// Capture every instance of this resource group
-    #[arg(long)]
-    pub resource_group: Option<String>,
+    #[command(flatten)]
+    pub whom: Whom,
     /// The document that captures
     #[arg(long, default_value = "Stillframe-Capture")]
     pub document: String,
@@ -96,7 +89,7 @@ impl Remote {
         if self.credentials == Credentials::Role {
             return Ok(None);
         }
-        if self.instance.is_empty() {
+        if self.whom.instance.is_empty() {
             bail!("--credentials session is for hosts named with --instance: each gets an order of its own");
         }
         let (Some(role), Some(bucket)) = (self.session_role.clone(), self.order_bucket.clone()) else {
@@ -107,53 +100,6 @@ impl Remote {
             bucket,
             seconds: self.session_seconds,
         }))
-    }
-
-    /// True when anybody is named.
-    pub fn is_meant(&self) -> bool {
-        !self.instance.is_empty() || !self.tag.is_empty() || self.resource_group.is_some()
-    }
-
-    fn targets(&self) -> Result<Targets> {
-        let kinds = [
-            !self.instance.is_empty(),
-            !self.tag.is_empty(),
-            self.resource_group.is_some(),
-        ];
-        if kinds.iter().filter(|k| **k).count() != 1 {
-            bail!("name hosts in one way: --instance, --tag or --resource-group");
-        }
-        if !self.instance.is_empty() {
-            if self.instance.len() > MOST_INSTANCES {
-                bail!("--instance may be given {MOST_INSTANCES} times; a fleet is named by --tag");
-            }
-            for id in &self.instance {
-                let known = id.strip_prefix("i-").or_else(|| id.strip_prefix("mi-"));
-                if !known
-                    .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_alphanumeric()))
-                {
-                    bail!(
-                        "--instance {}: an instance id is expected",
-                        printable(id.as_bytes())
-                    );
-                }
-            }
-            return Ok(Targets::Instances(self.instance.clone()));
-        }
-        let mut keys: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for tag in &self.tag {
-            let (key, value) = tag.split_once('=').context("--tag KEY=VALUE")?;
-            keys.entry(format!("tag:{key}"))
-                .or_default()
-                .push(value.to_owned());
-        }
-        if let Some(group) = &self.resource_group {
-            keys.insert("resource-groups:Name".to_owned(), vec![group.clone()]);
-        }
-        if keys.len() > 5 || keys.values().any(|values| values.len() > 50) {
-            bail!("Systems Manager takes 5 tags with 50 values each");
-        }
-        Ok(Targets::Keys(keys))
     }
 }
 
@@ -190,7 +136,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             bail!("{flag} is for --local");
         }
     }
-    let targets = remote.targets()?;
+    let targets = remote.whom.targets()?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
     let document = ssm.document(&remote.document)?;
     let agent_sha256 = match remote.agent_sha256 {
