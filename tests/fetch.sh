@@ -199,6 +199,15 @@ fetch_localstack() {
     touch "$target/lab/localstack/ready"
 }
 
+# fetch_awscli: what else uploads a stream to S3, for the benchmark, in lab/awscli/bin.
+fetch_awscli() {
+    [ ! -e "$target/lab/awscli/ready" ] || return 0
+    echo "tests/run: fetching the AWS command line"
+    rm -rf "$target/lab/awscli" && python3 -m venv "$target/lab/awscli"
+    "$target/lab/awscli/bin/pip" install -q --disable-pip-version-check awscli==1.42.0
+    touch "$target/lab/awscli/ready"
+}
+
 # The suite that a kernel's folder came from, and its release.
 fetch_symbols_of() {
     local folder=$target/lab/kernels/$1 suite release
@@ -220,6 +229,7 @@ fetch_all() {
     fetch_lime "${release#vmlinuz-}"
     fetch_avml
     fetch_localstack
+    fetch_awscli
     fetch_volatility
     fetch_jsonschema
     fetch_drgn

@@ -4,19 +4,19 @@
 //! Machines are noisy: what counts are the ratios of medians, taken by turns. In the guest nothing is timed for judgement: the emulator
 //! has no SHA instructions, which a processor has.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use sha2::{Digest as _, Sha256};
 use std::{
     fs::{self, File},
-    io::{Read as _, Write as _},
+    io::Read as _,
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
-use stillframe_evidence::image::lime;
 use stillframe_tests::{
     captured::{self, CAPTURE, FILL, MARKERS},
+    cost::{Cost, median, run},
     guest::{Guest, Machine},
     programs, store,
 };
@@ -40,48 +40,6 @@ fn main() -> Result<()> {
         footprint()?;
     }
     Ok(())
-}
-
-/// What a command cost.
-#[derive(Clone, Copy, Default)]
-struct Cost {
-    wall: f64,
-    cpu: f64,
-    /// MiB
-    resident: f64,
-}
-
-fn run(command: &mut Command) -> Result<Cost> {
-    let began = Instant::now();
-    let child = command
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .context("a command of the bench")?;
-    let pid = i32::try_from(child.id())?;
-    // SAFETY: the structure is plain numbers and initialised; the child is this function's own and waited for here alone.
-    #[allow(unsafe_code)]
-    let (status, usage) = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        let mut status = 0;
-        ensure!(
-            libc::wait4(pid, &raw mut status, 0, &raw mut usage) == pid,
-            "wait4"
-        );
-        (status, usage)
-    };
-    ensure!(status == 0, "{command:?} ended with {status}");
-    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
-    Ok(Cost {
-        wall: began.elapsed().as_secs_f64(),
-        cpu: seconds(usage.ru_utime) + seconds(usage.ru_stime),
-        resident: usage.ru_maxrss as f64 / 1024.0,
-    })
-}
-
-fn median(mut costs: Vec<Cost>, of: impl Fn(&Cost) -> f64) -> f64 {
-    costs.sort_by(|a, b| of(a).total_cmp(&of(b)));
-    of(&costs[costs.len() / 2])
 }
 
 fn sha256_pass(path: &Path) -> Result<f64> {
@@ -204,14 +162,7 @@ fn native(image: &Path, folder: &Path) -> Result<()> {
 /// The same four times over, at addresses of its own each time.
 fn large(image: &Path, folder: &Path) -> Result<()> {
     let large = folder.join("large.lime");
-    let mut out = File::create(&large)?;
-    for n in 0..4u64 {
-        out.write_all(&lime::header(n << 30, (n << 30) + (1 << 30) - 1))?;
-        let mut file = File::open(image)?;
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(32))?;
-        std::io::copy(&mut file, &mut out)?;
-    }
-    drop(out);
+    captured::repeat(image, 4, &large)?;
     let base = folder.join("large-store");
     let cost = run(Command::new(programs::static_agent()?)
         .args(["capture", "--profile", "memory", "--store"])

@@ -215,3 +215,15 @@ pub fn guest_image(to: &Path) -> Result<()> {
     std::io::copy(&mut File::open(raw)?, &mut image)?;
     Ok(())
 }
+
+/// An image of 1 GiB so many times over, at addresses of its own each time.
+pub fn repeat(image: &Path, times: u64, to: &Path) -> Result<()> {
+    let mut out = File::create(to)?;
+    for n in 0..times {
+        out.write_all(&lime::header(n << 30, (n << 30) + (1 << 30) - 1))?;
+        let mut file = File::open(image)?;
+        std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(lime::HEADER as u64))?;
+        std::io::copy(&mut file, &mut out)?;
+    }
+    Ok(())
+}

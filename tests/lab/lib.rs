@@ -3,6 +3,7 @@
 
 pub mod captured;
 pub mod cloud;
+pub mod cost;
 pub mod dead_mount;
 pub mod fill;
 pub mod guest;
