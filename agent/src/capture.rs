@@ -294,12 +294,12 @@ struct Ended {
 fn take(store: &dyn Store, job: Put, ended: &Mutex<Ended>) -> Taken {
     let no_further = || Err(io::Error::other("one before it was not stored").into());
     match job {
-        Put::Segment(Packed { bytes, mut entry }, step) => {
+        Put::Segment(Packed { mut bytes, mut entry }, step) => {
             let result = if lock(ended).artifacts.contains(&entry.artifact) {
                 no_further()
             } else {
                 store
-                    .put(&entry.key(), &bytes)
+                    .put(&entry.key(), &mut bytes)
                     .map(|receipt| entry.receipt = receipt)
             };
             if result.is_err() {
@@ -307,12 +307,12 @@ fn take(store: &dyn Store, job: Put, ended: &Mutex<Ended>) -> Taken {
             }
             Taken::Segment(entry, step, result, bytes)
         }
-        Put::Event(key, bytes, event) => {
+        Put::Event(key, mut bytes, event) => {
             // An event behind one that is missing would look like tampering.
             let result = if lock(ended).chain {
                 no_further()
             } else {
-                store.put(&key, &bytes).map(|_| ())
+                store.put(&key, &mut bytes).map(|_| ())
             };
             lock(ended).chain |= result.is_err();
             Taken::Event(key, event, result)
@@ -413,9 +413,9 @@ impl Session<'_> {
         self.report()
     }
 
-    fn object(&mut self, key: &Key, bytes: &[u8]) -> Result<(), Failure> {
+    fn object(&mut self, key: &Key, mut bytes: Vec<u8>) -> Result<(), Failure> {
         self.footprint.sent = self.footprint.sent.saturating_add(bytes.len() as u64);
-        match self.store.put(key, bytes) {
+        match self.store.put(key, &mut bytes) {
             Ok(_) => Ok(()),
             Err(error) => Err(Failure::Store {
                 key: key.to_string(),
@@ -679,9 +679,9 @@ impl Session<'_> {
                 "the chain was never opened".to_owned(),
             )));
         };
-        self.object(&Key::Sums, sums(&chain).as_bytes())?;
+        self.object(&Key::Sums, sums(&chain).into_bytes())?;
         let manifest = self.writer.seal(Manifest::of(&chain)?.payload()?);
-        self.object(&Key::Manifest, &manifest)?;
+        self.object(&Key::Manifest, manifest)?;
         let end = |source| Failure::Store {
             key: "its end".to_owned(),
             source,

@@ -133,7 +133,7 @@ impl Store for Directory {
         "directory"
     }
 
-    fn put(&self, key: &Key, bytes: &[u8]) -> Result<Receipt, PutError> {
+    fn put(&self, key: &Key, bytes: &mut Vec<u8>) -> Result<Receipt, PutError> {
         let is_segment = matches!(key, Key::Segment { .. });
         if is_segment && self.full.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(NO_SPACE).into());
@@ -219,8 +219,8 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let id = CaptureId::mint();
         let store = Directory::create(&base.path().join("new"), &Writer::local(), id).unwrap();
-        store.put(&key(b"x"), b"x").unwrap();
-        let again = store.put(&key(b"x"), b"y").unwrap_err().error;
+        store.put(&key(b"x"), &mut b"x".to_vec()).unwrap();
+        let again = store.put(&key(b"x"), &mut b"y".to_vec()).unwrap_err().error;
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
         let file = base
             .path()
@@ -250,7 +250,7 @@ mod tests {
                     for _ in 0..50 {
                         let store =
                             Directory::create(base.path(), &Writer::local(), CaptureId::mint()).unwrap();
-                        store.put(&key(b"x"), b"x").unwrap();
+                        store.put(&key(b"x"), &mut b"x".to_vec()).unwrap();
                         store.finish().unwrap();
                     }
                 });

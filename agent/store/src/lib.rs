@@ -29,7 +29,8 @@ pub trait Store: Send + Sync {
     }
     /// Puts one object under the capture's prefix. When this returns, the object is as safe as the store can make it;
     /// when it fails, no object of that name is there through this call, unless the error says that the answer was lost.
-    fn put(&self, key: &Key, bytes: &[u8]) -> Result<Receipt, PutError>;
+    /// Afterwards `bytes` holds nothing of meaning: its room is for the next object.
+    fn put(&self, key: &Key, bytes: &mut Vec<u8>) -> Result<Receipt, PutError>;
     /// The secrets with which it stores, as far as they are known now: what must not be in an image of this host.
     fn secrets(&self) -> Vec<String> {
         Vec::new()

@@ -33,7 +33,7 @@ impl<W: Write + Send> Store for Pipe<W> {
     }
 
     /// The receipt says only that the pipe took the object: what has landed is known at the other end.
-    fn put(&self, key: &Key, bytes: &[u8]) -> Result<Receipt, PutError> {
+    fn put(&self, key: &Key, bytes: &mut Vec<u8>) -> Result<Receipt, PutError> {
         let mut header = tar::Header::new_ustar();
         header.set_path(format!("{}/{key}", self.prefix))?;
         header.set_size(bytes.len() as u64);
@@ -43,7 +43,7 @@ impl<W: Write + Send> Store for Pipe<W> {
             .archive
             .lock()
             .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        archive.append(&header, bytes)?;
+        archive.append(&header, bytes.as_slice())?;
         archive.get_mut().flush()?;
         Ok(Receipt::default())
     }

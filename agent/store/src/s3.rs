@@ -208,15 +208,14 @@ impl S3 {
             .await
     }
 
-    async fn put_until(&self, key: &str, bytes: &[u8]) -> Result<Receipt, PutError> {
-        let sha256 = base64::engine::general_purpose::STANDARD.encode(Hash::of(bytes).0);
+    async fn put_until(&self, key: &str, body: &Bytes, sha256: Hash) -> Result<Receipt, PutError> {
+        let sha256 = base64::engine::general_purpose::STANDARD.encode(sha256.0);
         let patience = if self.given_up.load(Ordering::Relaxed) {
             PATIENCE / 12
         } else {
             PATIENCE
         };
         let (began, mut attempts, mut lost) = (Instant::now(), 0, false);
-        let body = Bytes::copy_from_slice(bytes);
         loop {
             attempts += 1;
             let error = match self.put_once(key, body.clone(), &sha256).await {
@@ -286,9 +285,13 @@ impl Store for S3 {
         self.at_once
     }
 
-    fn put(&self, key: &Key, bytes: &[u8]) -> Result<Receipt, PutError> {
+    fn put(&self, key: &Key, bytes: &mut Vec<u8>) -> Result<Receipt, PutError> {
+        // A copy would be megabytes of a host's memory. The name of what has its hash in its name says what was hashed when it was made.
+        let body = Bytes::from(std::mem::take(bytes));
+        let sha256 = key.sha256().unwrap_or_else(|| Hash::of(&body));
         let key = format!("{}/{key}", self.prefix);
-        let result = self.runtime.block_on(self.put_until(&key, bytes));
+        let result = self.runtime.block_on(self.put_until(&key, &body, sha256));
+        *bytes = body.try_into_mut().map(Vec::from).unwrap_or_default();
         if result.is_ok() {
             self.given_up.store(false, Ordering::Relaxed);
         }

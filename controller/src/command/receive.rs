@@ -137,7 +137,7 @@ fn receive(
                 new.insert(directory)
             }
         };
-        directory.put(&key, &bytes).with_context(|| name.clone())?;
+        directory.put(&key, &mut bytes).with_context(|| name.clone())?;
     }
     Ok(())
 }
