@@ -500,6 +500,35 @@ fn cancelled_at_any_moment_what_was_acknowledged_is_salvaged() {
     assert!(salvaged >= 8, "{salvaged}");
 }
 
+/// A host that falls silent is not waited for without end.
+#[test]
+fn a_host_that_is_silent_is_incomplete() {
+    let _alone = alone();
+    let cloud = cloud();
+    let id = ordered_and_held(cloud, 3, &[]);
+    let output = cloud
+        .controller(&["watch", &id, "--stall", "4", "--output", "json"])
+        .unwrap();
+    let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
+    cloud.gate.faults.release();
+    let view = json_of(&output);
+    assert_eq!(
+        (
+            output.status.code(),
+            &view["hosts"][0]["lost"],
+            &view["hosts"][0]["state"]
+        ),
+        (Some(3), &json!(true), &json!("in-progress")),
+        "{output:?}"
+    );
+    assert_eq!((verdict.as_str(), code), ("incomplete", 3), "{report}");
+    // It was not gone after all.
+    wait_for(cloud, &id, &["complete", "partial"]);
+    assert_eq!(cloud.verify(&id, &[]).unwrap().0, "verified");
+    let cancelled = cloud.controller(&["cancel", &id]).unwrap();
+    assert_eq!(cancelled.status.code(), Some(2), "what is over is not cancelled");
+}
+
 /// Whatever a person or a tag puts into an order is refused by a pattern or carried as data.
 #[test]
 fn nothing_that_is_injected_executes() {

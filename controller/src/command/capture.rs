@@ -103,6 +103,9 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         }
         (true, false) => local(args, ui),
         (false, true) => remote::run(args, ui),
+        (true, true) => bail!(
+            "--local is this machine, and --instance, --tag and --resource-group are others: one of them"
+        ),
         _ => bail!("say who: --local, or --instance, --tag or --resource-group"),
     }
 }

@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 use clap::Args as ClapArgs;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use stillframe_evidence::text::printable;
 
 /// Their arguments.
 #[derive(ClapArgs)]
@@ -83,10 +84,11 @@ pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
         };
         ui.print(&done, || {
             format!(
-                "stopping {} on {}; stillframe watch {} shows it end",
+                "stopping {} on {}; stillframe watch {} --store {} shows it end",
                 order.capture,
-                hosts.join(", "),
-                order.capture
+                printable(hosts.join(", ").as_bytes()),
+                order.capture,
+                printable(order.store.as_bytes())
             )
         });
     }
@@ -96,15 +98,29 @@ pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
 /// Has them killed.
 pub fn cancel(args: &Args, ui: &Ui) -> Result<u8> {
     let (_, order) = Order::find(&args.at, &args.capture)?;
+    let ssm = Ssm::open(&args.at.aws.reach())?;
+    let invocations = order.invocations(&ssm)?;
+    // Of a command that was sent a moment ago the service knows nothing yet.
+    if !invocations.is_empty() && invocations.iter().all(|one| one.state.is_over()) {
+        bail!(
+            "no host is at capture {} any more; stillframe status",
+            order.capture
+        );
+    }
     ui.warn("cancelling is SIGKILL: the capture is not closed, and `stillframe salvage` reads what was acknowledged; `stillframe stop` closes it");
-    order.cancel(&Ssm::open(&args.at.aws.reach())?, &[])?;
+    order.cancel(&ssm, &[])?;
     let done = Done {
         capture: order.capture.to_string(),
         commands: order.commands()?,
         hosts: Vec::new(),
     };
     ui.print(&done, || {
-        format!("cancelled {}; stillframe status {}", order.capture, order.capture)
+        format!(
+            "cancelled {}; stillframe status {} --store {}",
+            order.capture,
+            order.capture,
+            printable(order.store.as_bytes())
+        )
     });
     Ok(0)
 }

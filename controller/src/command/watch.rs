@@ -28,6 +28,16 @@ pub struct Args {
     capture: String,
     #[command(flatten)]
     at: At,
+    #[command(flatten)]
+    stall: Stall,
+}
+
+/// How long nothing may be heard.
+#[derive(ClapArgs)]
+pub struct Stall {
+    /// Seconds without a new event after which a host that is at work counts as lost, and its capture as incomplete
+    #[arg(long, default_value_t = 420, value_parser = clap::value_parser!(u64).range(1..))]
+    stall: u64,
 }
 
 /// Hosts whose progress is looked up each time round.
@@ -54,6 +64,8 @@ struct Line {
     invocation: Invocation,
     /// The last thing that its chain says.
     progress: Option<Progress>,
+    /// At work as Systems Manager has it, and silent for too long.
+    lost: bool,
 }
 
 /// How far its chain is.
@@ -69,7 +81,14 @@ struct Progress {
 /// Watches until every host is done.
 pub fn watch(args: &Args, ui: &Ui) -> Result<u8> {
     let (store, order) = Order::find(&args.at, &args.capture)?;
-    follow(&store, &order, &args.at, &Ssm::open(&args.at.aws.reach())?, ui)
+    follow(
+        &store,
+        &order,
+        &args.at,
+        &args.stall,
+        &Ssm::open(&args.at.aws.reach())?,
+        ui,
+    )
 }
 
 /// Looks once.
@@ -86,7 +105,7 @@ pub fn status(args: &Args, ui: &Ui) -> Result<u8> {
     for host in hosts.iter().take(LOOKED_UP) {
         known.extend(progress(&store, order.capture, host).map(|p| (host.clone(), p)));
     }
-    let view = view(&order, &invocations, &known)?;
+    let view = view(&order, &invocations, &known, &BTreeSet::new())?;
     ui.print(&view, || table(&view, true));
     Ok(code(&invocations))
 }
@@ -103,13 +122,15 @@ fn code(invocations: &[Invocation]) -> u8 {
 }
 
 /// Watches an order until every host is done.
-pub fn follow(store: &Store, order: &Order, at: &At, ssm: &Ssm, ui: &Ui) -> Result<u8> {
+pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, ui: &Ui) -> Result<u8> {
     static LEFT: AtomicBool = AtomicBool::new(false);
     let _ = ctrlc::set_handler(|| LEFT.store(true, Ordering::SeqCst));
     let commands = order.commands()?;
     let mut loans = Loans::of(order, at)?;
     let mut known: BTreeMap<String, Progress> = BTreeMap::new();
     let mut told: BTreeMap<String, String> = BTreeMap::new();
+    let mut heard: BTreeMap<String, (u64, Instant)> = BTreeMap::new();
+    let mut lost: BTreeSet<String> = BTreeSet::new();
     let mut turn = 0;
     let began = Instant::now();
     loop {
@@ -131,7 +152,20 @@ pub fn follow(store: &Store, order: &Order, at: &At, ssm: &Ssm, ui: &Ui) -> Resu
             .skip(turn)
             .take(LOOKED_UP.min(running.len()))
         {
-            known.extend(progress(store, order.capture, &one.host).map(|p| (one.host.clone(), p)));
+            let found = progress(store, order.capture, &one.host);
+            let events = found.as_ref().map_or(0, |p| p.events);
+            let host = heard.entry(one.host.clone()).or_insert((events, Instant::now()));
+            if host.0 != events {
+                *host = (events, Instant::now());
+                lost.remove(&one.host);
+            } else if host.1.elapsed() > Duration::from_secs(stall.stall) && lost.insert(one.host.clone()) {
+                ui.warn(&format!(
+                    "{}: no event for {} s; it may be gone, and its capture is incomplete: stillframe salvage reads what was acknowledged",
+                    printable(one.host.as_bytes()),
+                    stall.stall
+                ));
+            }
+            known.extend(found.map(|p| (one.host.clone(), p)));
         }
         loans.tend(order, &invocations, &known, ui);
         turn = turn.wrapping_add(LOOKED_UP) % running.len().max(1);
@@ -149,9 +183,13 @@ pub fn follow(store: &Store, order: &Order, at: &At, ssm: &Ssm, ui: &Ui) -> Resu
                 ui.say(&line);
             }
         }
-        let over = !invocations.is_empty() && invocations.iter().all(|i| i.state.is_over());
+        lost.retain(|host| running.iter().any(|one| one.host == *host));
+        let over = !invocations.is_empty()
+            && invocations
+                .iter()
+                .all(|i| i.state.is_over() || lost.contains(&i.host));
         if over || LEFT.load(Ordering::SeqCst) {
-            let view = view(order, &invocations, &known)?;
+            let view = view(order, &invocations, &known, &lost)?;
             ui.print(&view, || {
                 if over {
                     table(&view, invocations.len() > 50)
@@ -251,6 +289,7 @@ fn view<'a>(
     order: &'a Order,
     invocations: &[Invocation],
     known: &BTreeMap<String, Progress>,
+    lost: &BTreeSet<String>,
 ) -> Result<View<'a>> {
     Ok(View {
         capture: order.capture,
@@ -262,6 +301,7 @@ fn view<'a>(
             .map(|one| Line {
                 invocation: one.clone(),
                 progress: known.get(&one.host).cloned(),
+                lost: lost.contains(&one.host),
             })
             .collect(),
     })
@@ -310,6 +350,12 @@ fn table(view: &View, hosts: bool) -> String {
         count(view.hosts.len(), "host"),
         counted(&view.counts)
     ));
+    if view.hosts.is_empty() {
+        lines.push(format!(
+            "{:<16}  Systems Manager knows of a command a moment after it was sent",
+            "note"
+        ));
+    }
     let store = printable(view.store.as_bytes());
     lines.push(format!(
         "{:<16}  stillframe verify {} --store {store}",

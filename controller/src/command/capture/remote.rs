@@ -8,7 +8,7 @@ use crate::{
     },
     command::{order::Order, watch, whom::Whom},
     stored::Store,
-    ui::Ui,
+    ui::{Ui, bytes},
 };
 use anyhow::{Context as _, Result, bail};
 use clap::Args as ClapArgs;
@@ -69,6 +69,11 @@ pub struct Remote {
     /// Stay and watch
     #[arg(long)]
     pub watch: bool,
+    /// GiB of memory that a host has, for the estimate: Systems Manager does not know
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=24_576))]
+    pub memory_gib: u64,
+    #[command(flatten)]
+    pub stall: watch::Stall,
     /// Say who is meant and what would be sent, and touch nothing
     #[arg(long)]
     pub plan: bool,
@@ -103,6 +108,35 @@ impl Remote {
     }
 }
 
+/// What one host is likely to come to. An estimate: how well memory compresses and how fast the way to S3 is, nobody knows before.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Estimate {
+    /// Bytes that are stored.
+    bytes: u64,
+    /// Seconds from its begin to its end.
+    seconds: u64,
+    /// Objects that are put.
+    objects: u64,
+    /// US dollars for the requests, and for a month of keeping, at the list prices of us-east-1.
+    dollars: f64,
+}
+
+impl Estimate {
+    /// Of memory a good half is stored (benches of guests: 0.43), at 50 MiB a second; at 5 dollars a million puts and 0.023 a GiB and month. Records are a few MiB.
+    fn of(profile: &str, memory_gib: u64) -> Self {
+        let memory = if profile == "triage" { 0 } else { memory_gib << 30 };
+        let bytes = memory / 2 + (4 << 20);
+        // As the agent cuts segments (`Sizes::of`).
+        let objects = 40 + memory / (memory >> 10).clamp(1 << 20, 16 << 20).max(4 << 20);
+        Estimate {
+            bytes,
+            seconds: 10 + bytes / (50 << 20),
+            objects,
+            dollars: objects as f64 * 5e-6 + bytes as f64 / f64::from(1 << 30) * 0.023,
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Plan<'a> {
     capture: CaptureId,
@@ -112,6 +146,8 @@ struct Plan<'a> {
     hosts: Option<Vec<Host>>,
     agent_sha256: &'a str,
     parameters: &'a BTreeMap<&'static str, String>,
+    /// Of each host.
+    estimate: Estimate,
     /// Whose credentials are lent.
     session: Option<&'a Session>,
 }
@@ -197,6 +233,18 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         parameters.insert("Fetch", "true".to_owned());
         parameters.insert("AgentUrl", url.clone());
     }
+    let estimate = Estimate::of(&order.profile, remote.memory_gib);
+    if let Some(session) = &order.session
+        && !remote.watch
+        && u64::try_from(session.seconds).is_ok_and(|seconds| seconds < estimate.seconds)
+    {
+        bail!(
+            "about {} s are needed for {} GiB of memory, and what is lent ends after {} s: --watch renews it, --session-seconds makes it longer, --memory-gib corrects the estimate",
+            estimate.seconds,
+            remote.memory_gib,
+            session.seconds
+        );
+    }
     if remote.plan {
         let plan = Plan {
             capture: order.capture,
@@ -205,10 +253,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             targets: &order.targets,
             agent_sha256: &order.agent_sha256,
             parameters: &parameters,
+            estimate,
             session: order.session.as_ref(),
         };
         ui.print(&plan, || text(&plan));
-        return Ok(0);
+        let nobody = plan.hosts.as_ref().is_some_and(Vec::is_empty);
+        return Ok(if nobody { 5 } else { 0 });
     }
     let store = Store::open(&args.at)?;
     order
@@ -237,7 +287,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let commands = order.commands.join(", ");
     if remote.watch {
         ui.say(&format!("capture {}  command {commands}", order.capture));
-        return watch::follow(&store, &order, &args.at, &ssm, ui);
+        return watch::follow(&store, &order, &args.at, &remote.stall, &ssm, ui);
     }
     ui.print(&sent, || {
         format!(
@@ -294,6 +344,13 @@ fn text(plan: &Plan) -> String {
     for (name, value) in plan.parameters {
         lines.push(format!("  {name:<16} {}", printable(value.as_bytes())));
     }
+    lines.push(format!(
+        "estimate          a host: {} stored in {} objects, {} s, {:.2} dollars in the first month",
+        bytes(plan.estimate.bytes),
+        plan.estimate.objects,
+        plan.estimate.seconds,
+        plan.estimate.dollars
+    ));
     if let Some(session) = plan.session {
         lines.push(format!(
             "lent              {} for {} s, by way of s3://{}",
@@ -320,4 +377,23 @@ fn text(plan: &Plan) -> String {
         Some(_) => (),
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn estimates_follow_memory() {
+        let triage = Estimate::of("triage", 512);
+        assert!(triage.bytes < 10 << 20 && triage.dollars < 0.01, "{triage:?}");
+        let large = Estimate::of("full", 64);
+        assert!((32 << 30..33 << 30).contains(&large.bytes), "{large:?}");
+        assert!(
+            (600..800).contains(&large.seconds) && large.objects == 4136,
+            "{large:?}"
+        );
+        assert!((0.7..0.8).contains(&large.dollars), "{large:?}");
+        assert_eq!(Estimate::of("memory", 1).objects, 296);
+    }
 }
