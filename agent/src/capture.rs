@@ -33,6 +33,7 @@ use stillframe_evidence::{
     },
     layout::{Artifact, CaptureId, Key, Kind},
     manifest::{Manifest, sums},
+    records::host::Clock,
     root::Hash,
     segments::{Packed, RecordPacker, SegmentEntry},
     text::Text,
@@ -364,7 +365,10 @@ impl Session<'_> {
             key: self.writer.key(),
             agent: identity(),
             host: crate::sys::identity(&request.root),
-            clock: crate::sys::clock(request.order.ordered_at),
+            clock: Clock {
+                behind_store_us: self.store.clock_ahead_us(),
+                ..crate::sys::clock(request.order.ordered_at)
+            },
             store: self.store.kind().to_owned(),
         };
         self.event(What::Opened(Box::new(opening)))?;

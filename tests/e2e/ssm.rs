@@ -127,6 +127,23 @@ fn an_order_becomes_a_verified_capture() {
     // The order reached the agent, and stands in the signed chain.
     let shown = json_of(&cloud.controller(&["show", id, "--output", "json"]).unwrap());
     assert_eq!(shown["summary"]["case"], "C-17", "{shown}");
+    // Its first event says how the host's clock stands to the store's, which tells whole seconds.
+    let prefix = format!(
+        "{BUCKET}?list-type=2&prefix=evidence%2F{}%2F{id}%2Fprogress%2F000001",
+        WRITER.replace(':', "%3A")
+    );
+    let (_, list) = responder(cloud, &prefix);
+    let first = list
+        .split("<Key>")
+        .nth(1)
+        .unwrap()
+        .split("</Key>")
+        .next()
+        .unwrap();
+    let (_, event) = responder(cloud, &format!("{BUCKET}/{}", first.replace(':', "%3A")));
+    let clock = event.split("\"behind_store_us\":").nth(1).unwrap();
+    let ahead: i64 = clock.split([',', '}']).next().unwrap().parse().unwrap();
+    assert!(ahead.abs() < 5_000_000, "{ahead}");
     let (code, again) = status(cloud, id);
     assert_eq!(
         (code, &again["hosts"][0]["state"]),
@@ -210,18 +227,7 @@ fn credentials_are_lent_for_one_capture() {
     assert!(first.expires < last.expires);
     // What was lent is taken back.
     let order_key = format!("{ORDERS}/orders/{id}/i-0bare.json");
-    let responder = |name: &str| {
-        let found = cloud.responder.iter().find(|(n, _)| n == name);
-        found.unwrap().1.clone()
-    };
-    let (key, secret) = (responder("AWS_ACCESS_KEY_ID"), responder("AWS_SECRET_ACCESS_KEY"));
-    assert_eq!(
-        cloud
-            .ask((&key, &secret, None), "GET", &order_key, &[], "")
-            .unwrap()
-            .0,
-        404
-    );
+    assert_eq!(responder(cloud, &order_key).0, 404);
     // Who holds the session can write this capture, and nothing else: beside every refusal stands what is allowed.
     let (key, session) = lend(cloud, id);
     let ask = |method: &str, path: &str, once: bool| {
@@ -255,6 +261,16 @@ fn credentials_are_lent_for_one_capture() {
         assert!(body.contains("AccessDenied"), "{method} {path}: {body}");
     }
     assert_eq!(ask("GET", &order_key, false).0, 404, "its own order it may read");
+}
+
+/// What the responder reads of S3.
+fn responder(cloud: &Cloud, path: &str) -> (u16, String) {
+    let variable = |name: &str| {
+        let found = cloud.responder.iter().find(|(n, _)| n == name);
+        found.unwrap().1.clone()
+    };
+    let (key, secret) = (variable("AWS_ACCESS_KEY_ID"), variable("AWS_SECRET_ACCESS_KEY"));
+    cloud.ask((&key, &secret, None), "GET", path, &[], "").unwrap()
 }
 
 /// A session as the responder lends it, for a capture that is over.

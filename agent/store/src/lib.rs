@@ -31,6 +31,10 @@ pub trait Store: Send + Sync {
     /// when it fails, no object of that name is there through this call, unless the error says that the answer was lost.
     /// Afterwards `bytes` holds nothing of meaning: its room is for the next object.
     fn put(&self, key: &Key, bytes: &mut Vec<u8>) -> Result<Receipt, PutError>;
+    /// The host's clock minus the store's, in microseconds, as far as the store has told its own.
+    fn clock_ahead_us(&self) -> Option<i64> {
+        None
+    }
     /// The secrets with which it stores, as far as they are known now: what must not be in an image of this host.
     fn secrets(&self) -> Vec<String> {
         Vec::new()

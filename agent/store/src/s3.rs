@@ -64,9 +64,9 @@ pub struct S3 {
     clock: StoreClock,
 }
 
-/// What the store said last of its own time, in seconds since 1970.
+/// What the store said last of its own time, in seconds since 1970, and by how many microseconds the host's clock was ahead of it then.
 #[derive(Clone, Debug, Default)]
-struct StoreClock(Arc<AtomicI64>);
+struct StoreClock(Arc<(AtomicI64, AtomicI64)>);
 
 impl Intercept for StoreClock {
     fn name(&self) -> &'static str {
@@ -81,7 +81,12 @@ impl Intercept for StoreClock {
     ) -> Result<(), BoxError> {
         let date = context.response().headers().get("date");
         if let Some(at) = date.and_then(|date| rfc2822::parse(date).ok()) {
-            self.0.store(at.timestamp().as_second(), Ordering::Relaxed);
+            let at = at.timestamp();
+            let ahead = Timestamp::now()
+                .as_microsecond()
+                .saturating_sub(at.as_microsecond());
+            self.0.1.store(ahead, Ordering::Relaxed);
+            self.0.0.store(at.as_second(), Ordering::Relaxed);
         }
         Ok(())
     }
@@ -163,13 +168,13 @@ impl S3 {
         let mut config = config.into_builder();
         config.set_credentials_provider(credentials.clone().map(SharedCredentialsProvider::new));
         let config = config.build();
+        let clock = StoreClock::default();
         let writer = match options.writer {
             Some(writer) => writer,
             None => runtime
-                .block_on(identity(&config))
+                .block_on(identity(&config, &clock))
                 .map_err(|why| format!("--store {target}: {why}"))?,
         };
-        let clock = StoreClock::default();
         let config = aws_sdk_s3::config::Builder::from(&config)
             .interceptor(clock.clone())
             .build();
@@ -265,7 +270,7 @@ impl S3 {
         if answer.checksum_sha256().is_some_and(|theirs| theirs != sha256) {
             return Err("the store answered with another checksum".to_owned());
         }
-        let date = Timestamp::from_second(self.clock.0.load(Ordering::Relaxed)).ok();
+        let date = Timestamp::from_second(self.clock.0.0.load(Ordering::Relaxed)).ok();
         Ok(Receipt {
             confirmed: answer.checksum_sha256().is_some(),
             checksum: answer.checksum_sha256().map(str::to_owned),
@@ -298,6 +303,11 @@ impl Store for S3 {
         result
     }
 
+    fn clock_ahead_us(&self) -> Option<i64> {
+        let (said, ahead) = &*self.clock.0;
+        (said.load(Ordering::Relaxed) > 0).then(|| ahead.load(Ordering::Relaxed))
+    }
+
     fn secrets(&self) -> Vec<String> {
         self.credentials
             .as_ref()
@@ -311,10 +321,12 @@ impl Store for S3 {
 }
 
 /// Who the credentials belong to, as bucket policies see it in `${aws:userid}`.
-async fn identity(config: &aws_config::SdkConfig) -> Result<Writer, String> {
+async fn identity(config: &aws_config::SdkConfig, clock: &StoreClock) -> Result<Writer, String> {
     let retry = aws_config::retry::RetryConfig::standard().with_max_attempts(5);
     let config = aws_sdk_sts::config::Builder::from(config)
         .retry_config(retry)
+        // Nothing has been put yet, and the first event is to say how the host's clock stands.
+        .interceptor(clock.clone())
         .build();
     let answer = aws_sdk_sts::Client::from_conf(config)
         .get_caller_identity()

@@ -11,6 +11,7 @@ use super::{
     sigv4::{decode, parameter},
 };
 use anyhow::{Context as _, Result, ensure};
+use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -199,7 +200,10 @@ impl Inside {
             return Ok(handler(request.clone()));
         }
         if claim.service == "sts" {
-            return self.sts(request, &principal).map(Reply::Whole);
+            let mut answer = self.sts(request, &principal)?;
+            let now = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now())?;
+            answer.headers.push(("date".to_owned(), now));
+            return Ok(Reply::Whole(answer));
         }
         let (bucket, key) = request
             .path

@@ -57,6 +57,9 @@ pub struct Clock {
     /// Wall clock minus the orderer's clock when the agent started, microseconds; transit included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub behind_order_us: Option<i64>,
+    /// Wall clock minus the store's clock (the Date of its last answer, in whole seconds) when that answer came, microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub behind_store_us: Option<i64>,
 }
 
 /// adjtimex(2), read only.

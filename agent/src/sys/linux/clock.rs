@@ -22,6 +22,7 @@ pub fn clock(ordered_at: Option<Timestamp>) -> Clock {
         boottime_us: micros(ClockId::Boottime),
         discipline: discipline(),
         behind_order_us: ordered_at.and_then(|at| realtime.as_microsecond().checked_sub(at.as_microsecond())),
+        behind_store_us: None,
     }
 }
 
