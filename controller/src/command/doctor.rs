@@ -114,7 +114,7 @@ fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Check>> {
                 "{}, {}, SSM agent {}",
                 host.ping, host.platform, host.agent_version
             );
-            let (health, about) = match (&host.ping[..], &host.platform[..]) {
+            let (health, about) = match (host.ping.as_str(), host.platform.as_str()) {
                 ("Online", "Linux") => (Health::Good, about),
                 ("Online", "Windows") => (
                     Health::Weak,
