@@ -657,6 +657,43 @@ fn only_the_agent_that_was_ordered_runs() {
     assert!(!mark.exists());
 }
 
+/// A host on which nothing is staged has the agent fetched, and runs it only if it is the one that was ordered.
+#[test]
+fn an_agent_that_is_not_there_is_fetched() {
+    let _alone = alone();
+    let cloud = cloud();
+    let folder = tempfile::tempdir().unwrap();
+    let agent = fs::read(agent()).unwrap();
+    cloud.gate.plant(OPEN, "agents/good", agent).unwrap();
+    cloud
+        .gate
+        .plant(OPEN, "agents/other", b"#!/bin/sh\n".to_vec())
+        .unwrap();
+    for (name, code, state) in [("good", None, None), ("other", Some(5), Some("script-failed"))] {
+        let (path, url) = (folder.path().join(name), cloud.gate.url());
+        let from = format!("{url}/{OPEN}/agents/{name}");
+        let more = ["--agent-url", &from, "--watch"];
+        let output = cloud
+            .controller(&order(path.to_str().unwrap(), &url, &more))
+            .unwrap();
+        let view = json_of(&output);
+        assert!(path.exists(), "{output:?}");
+        match state {
+            None => assert_eq!(
+                cloud.verify(view["capture"].as_str().unwrap(), &[]).unwrap().0,
+                "verified"
+            ),
+            Some(state) => {
+                assert_eq!(
+                    (output.status.code(), &view["hosts"][0]["state"]),
+                    (code, &json!(state)),
+                    "{view}"
+                );
+            }
+        }
+    }
+}
+
 fn document(name: &str) -> Value {
     stillframe_tests::cloud::document(name).unwrap()
 }

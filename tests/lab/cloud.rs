@@ -15,14 +15,17 @@ pub mod sigv4;
 pub mod ssm;
 
 use crate::programs;
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use gate::Gate;
 use http::Server;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use ssm::Ssm;
-use std::process::{Command, Output};
+use std::{
+    process::{Command, Output},
+    sync::Arc,
+};
 use stillframe_evidence::layout::CaptureId;
 
 /// The bucket of evidence: locked, under the project's policy.
@@ -96,6 +99,32 @@ impl Cloud {
             ssm.document(name, document(name)?)?;
         }
         gate.serve("ssm", ssm.handler());
+        // By the rights of the instance's role, which may read where agents lie.
+        let (principals, url) = (gate.principals.clone(), gate.url());
+        let agents = serde_json::json!({"Statement": {"Effect": "Allow", "Action": "s3:GetObject", "Resource": format!("arn:aws:s3:::{OPEN}/agents/*")}});
+        ssm.download_by(Arc::new(move |address| {
+            let (key, who) = principals.add(
+                WRITER,
+                "arn:aws:iam::123456789012:role/instances",
+                vec![agents.clone()],
+                None,
+                Some(600),
+            );
+            let path = address
+                .strip_prefix(&url)
+                .context("another S3")?
+                .trim_start_matches('/');
+            let (status, body) = ask(
+                &url,
+                (&key, &who.secret, who.token.as_deref()),
+                "GET",
+                path,
+                &[],
+                "",
+            )?;
+            ensure!(status == 200, "{address}: {status}");
+            Ok(body)
+        }));
         ssm.host(ssm::Host {
             id: INSTANCE.to_owned(),
             platform: "Linux",
@@ -163,56 +192,70 @@ impl Cloud {
         Ok((verdict, output.status.code().unwrap_or(-1), report))
     }
 
-    /// One request to S3, signed by curl with this key, secret and token: its status and its body.
+    /// One request to S3, as [`ask`] makes it.
     pub fn ask(
         &self,
-        (key, secret, token): (&str, &str, Option<&str>),
+        who: (&str, &str, Option<&str>),
         method: &str,
         path: &str,
         headers: &[&str],
         body: &str,
     ) -> Result<(u16, String)> {
-        let mut curl = Command::new("curl");
-        curl.args([
-            "-s",
-            "-X",
-            method,
-            "-w",
-            "\n%{http_code}",
-            "--aws-sigv4",
-            "aws:amz:us-east-1:s3",
-            "--user",
-            &format!("{key}:{secret}"),
-        ]);
-        if let Some(token) = token {
-            curl.args(["-H", &format!("x-amz-security-token: {token}")]);
-        }
+        let (status, body) = ask(&self.gate.url(), who, method, path, headers, body)?;
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    }
+}
+
+/// One request to S3, signed by curl with this key, secret and token: its status and its body.
+pub fn ask(
+    gate: &str,
+    (key, secret, token): (&str, &str, Option<&str>),
+    method: &str,
+    path: &str,
+    headers: &[&str],
+    body: &str,
+) -> Result<(u16, Vec<u8>)> {
+    let mut curl = Command::new("curl");
+    curl.args([
+        "-s",
+        "-X",
+        method,
+        "-w",
+        "\n%{http_code}",
+        "--aws-sigv4",
+        "aws:amz:us-east-1:s3",
+        "--user",
+        &format!("{key}:{secret}"),
+    ]);
+    if let Some(token) = token {
+        curl.args(["-H", &format!("x-amz-security-token: {token}")]);
+    }
+    curl.args([
+        "-H",
+        &format!("x-amz-content-sha256: {}", hex::encode(Sha256::digest(body))),
+    ]);
+    if method == "PUT" {
         curl.args([
             "-H",
-            &format!("x-amz-content-sha256: {}", hex::encode(Sha256::digest(body))),
+            "content-type: application/octet-stream",
+            "--data-binary",
+            body,
         ]);
-        if method == "PUT" {
-            curl.args([
-                "-H",
-                "content-type: application/octet-stream",
-                "--data-binary",
-                body,
-            ]);
-        }
-        for header in headers {
-            curl.args(["-H", header]);
-        }
-        let output = curl
-            .arg(format!("{}/{path}", self.gate.url()))
-            .output()
-            .context("curl")?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (body, status) = text.rsplit_once('\n').with_context(|| format!("{output:?}"))?;
-        Ok((
-            status.parse().with_context(|| format!("{output:?}"))?,
-            body.to_owned(),
-        ))
     }
+    for header in headers {
+        curl.args(["-H", header]);
+    }
+    let output = curl.arg(format!("{gate}/{path}")).output().context("curl")?;
+    let said = &output.stdout;
+    let at = said
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .context("curl said nothing")?;
+    let status = String::from_utf8_lossy(&said[at + 1..]).parse();
+    Ok((
+        status.with_context(|| format!("{:?}", output.stderr))?,
+        said[..at].to_vec(),
+    ))
 }
 
 /// The header that states the checksum of a body.

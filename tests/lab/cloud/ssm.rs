@@ -100,7 +100,12 @@ struct Inside {
     /// One call in so many is throttled; none where this is zero.
     throttle: AtomicU64,
     folder: tempfile::TempDir,
+    /// How `aws:downloadContent` comes by an object of S3, by the host's rights.
+    download: Mutex<Option<Download>>,
 }
+
+/// Gives what an address of S3 stands for.
+pub type Download = Arc<dyn Fn(&str) -> Result<Vec<u8>> + Send + Sync>;
 
 /// The service.
 pub struct Ssm {
@@ -116,6 +121,7 @@ impl Ssm {
             calls: AtomicU64::new(0),
             throttle: AtomicU64::new(0),
             folder: tempfile::tempdir()?,
+            download: Mutex::default(),
         });
         Ok(Ssm { inside })
     }
@@ -136,6 +142,15 @@ impl Ssm {
     /// Enters a host.
     pub fn host(&self, host: Host) {
         self.inside.state().hosts.push(host);
+    }
+
+    /// Has hosts download by it.
+    pub fn download_by(&self, download: Download) {
+        *self
+            .inside
+            .download
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(download);
     }
 
     /// Calls so far.
@@ -612,6 +627,14 @@ impl Run {
         let steps = document::render(&self.content, &self.given, host.platform)?;
         let (mut output, mut errors, mut code) = (String::new(), String::new(), 0);
         for step in &steps {
+            if step.action == "aws:downloadContent" {
+                if let Err(error) = self.download(step) {
+                    // A failed step ends the document: its `onFailure` is that of a plugin that says nothing else.
+                    (errors, code) = (format!("{error:#}"), 1);
+                    break;
+                }
+                continue;
+            }
             ensure!(
                 step.action == "aws:runShellScript",
                 "{}: this lab's hosts do not run {}",
@@ -649,6 +672,25 @@ impl Run {
             _ => self.end(index, "Failed", "Failed", code, output, errors),
         }
         Ok(())
+    }
+
+    /// As the SSM agent does it: into the destination where that is a folder, else under that name.
+    fn download(&self, step: &Step) -> Result<()> {
+        let (source, destination) = step.script.split_once('\n').context("no source")?;
+        let source: Value = serde_json::from_str(source)?;
+        let address = source["path"].as_str().context("no path")?;
+        let download = self
+            .inside
+            .download
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let bytes = download.context("this lab's hosts do not download")?(address)?;
+        let mut path = std::path::PathBuf::from(destination);
+        if path.is_dir() {
+            path.push(address.rsplit('/').next().unwrap_or_default());
+        }
+        std::fs::write(&path, bytes).with_context(|| path.display().to_string())
     }
 
     fn script(
