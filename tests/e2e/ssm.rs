@@ -179,7 +179,7 @@ fn credentials_are_lent_for_one_capture() {
     );
     arguments[2] = "i-0bare";
     // Shorter than the capture: without new ones it could not end.
-    cloud.gate.principals.shorten_sessions(16);
+    cloud.gate.principals.shorten_sessions(40);
     cloud.gate.faults.hold("AROALABlent:i-0bare", 3);
     let mut watch = cloud.responder().unwrap();
     watch
@@ -196,11 +196,13 @@ fn credentials_are_lent_for_one_capture() {
         std::thread::sleep(Duration::from_millis(50));
     }
     let (first_key, first) = cloud.gate.principals.session("AROALABlent:i-0bare").unwrap();
-    // While it is at work: no secret in what runs, and what it may do.
+    // While it is at work: no secret in what runs.
+    let mut seen = 0;
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
         let line = String::from_utf8_lossy(&read("cmdline")).into_owned();
         if line.contains("--lent") {
+            seen += 1;
             for text in [line, String::from_utf8_lossy(&read("environ")).into_owned()] {
                 assert!(!text.contains(SECRET) && !text.contains(TOKEN), "{text}");
                 assert!(
@@ -210,7 +212,22 @@ fn credentials_are_lent_for_one_capture() {
             }
         }
     }
-    std::thread::sleep(Duration::from_secs(20));
+    assert!(seen > 0, "the agent was not seen");
+    // Until it has read its order again, by the rights that it has.
+    let has_read = || {
+        let log = cloud.gate.log.lock().unwrap();
+        let mut reads = log
+            .iter()
+            .filter(|d| d.userid == "AROALABlent:i-0bare" && d.action == "s3:GetObject");
+        reads.any(|d| d.resource.contains(ORDERS) && d.refused.is_none())
+    };
+    while !has_read() {
+        assert!(
+            began.elapsed() < Duration::from_secs(90),
+            "the order was not read again"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
     cloud.gate.faults.release();
     let output = watch.wait_with_output().unwrap();
     cloud.gate.principals.shorten_sessions(0);
@@ -705,7 +722,7 @@ fn the_documents_are_valid_and_twenty_broken_ones_are_not() {
     }
     let good = document("Stillframe-Capture");
     type Break<'a> = (&'a str, &'a dyn Fn(&mut Value));
-    let breaks: [Break; 20] = [
+    let breaks: [Break; 21] = [
         ("another schema", &|d| d["schemaVersion"] = json!("1.2")),
         ("no description", &|d| d["description"] = json!("")),
         ("a key that is none", &|d| d["comment"] = json!("x")),
@@ -730,6 +747,9 @@ fn the_documents_are_valid_and_twenty_broken_ones_are_not() {
         }),
         ("a pattern that lets a line in", &|d| {
             d["parameters"]["Case"]["allowedPattern"] = json!("^[^']*$")
+        }),
+        ("a count that the agent's regular expressions do not take", &|d| {
+            d["parameters"]["Case"]["allowedPattern"] = json!("^[a-z]{1,1001}$")
         }),
         ("a pattern that is none", &|d| {
             d["parameters"]["Case"]["allowedPattern"] = json!("^[a-z$")

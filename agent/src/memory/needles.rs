@@ -1,5 +1,5 @@
 //! What must not stand in an image of this host: the credentials with which the image itself is stored. The agent, the TLS library and the kernel's
-//! network buffers leave copies that nobody can list, so every frame is searched for them, and a page that has one is left out.
+//! network buffers leave copies that nobody can list, so every frame is searched for them, and they are blanked.
 //!
 //! Keys that are derived from a secret for signing are not searched for: temporary credentials are of no use without their token, which is.
 
@@ -16,7 +16,15 @@ pub type Secrets<'a> = dyn Fn() -> Vec<String> + Sync + 'a;
 pub struct Needles<'a> {
     secrets: &'a Secrets<'a>,
     /// How many secrets there were last, and their pieces.
-    known: Mutex<(usize, Arc<Vec<Finder<'static>>>)>,
+    known: Mutex<(usize, Arc<Vec<Needle>>)>,
+}
+
+/// A piece of a secret.
+struct Needle {
+    finder: Finder<'static>,
+    secret: Arc<[u8]>,
+    /// Where the piece stands in it.
+    at: usize,
 }
 
 impl<'a> Needles<'a> {
@@ -28,38 +36,65 @@ impl<'a> Needles<'a> {
         }
     }
 
-    /// Where pieces of secrets stand in `plain`: offsets of their first byte, and of the one behind them.
-    pub fn inside(&self, plain: &[u8]) -> Vec<(u64, u64)> {
-        let pieces = self.pieces();
+    /// Where secrets, or what is left of them, stand in `plain`: offsets of the first byte, and of the one behind the last. Not a byte more: whoever knows the
+    /// secrets could hide what stands beside them.
+    pub fn inside(&self, plain: &[u8]) -> Vec<(usize, usize)> {
         let mut found = Vec::new();
-        for piece in pieces.iter() {
-            let size = piece.needle().len();
-            found.extend(piece.find_iter(plain).map(|at| (at as u64, (at + size) as u64)));
+        for needle in self.needles().iter() {
+            for at in needle.finder.find_iter(plain) {
+                let size = needle.finder.needle().len();
+                let (before, behind) = (plain.get(..at), plain.get(at + size..));
+                let (head, tail) = (
+                    needle.secret.get(..needle.at),
+                    needle.secret.get(needle.at + size..),
+                );
+                let same = |a: (&u8, &u8)| a.0 == a.1;
+                let left = before.zip(head).map_or(0, |(plain, head)| {
+                    plain
+                        .iter()
+                        .rev()
+                        .zip(head.iter().rev())
+                        .take_while(|a| same(*a))
+                        .count()
+                });
+                let right = behind.zip(tail).map_or(0, |(plain, tail)| {
+                    plain.iter().zip(tail).take_while(|a| same(*a)).count()
+                });
+                found.push((at - left, at + size + right));
+            }
         }
+        found.sort_unstable();
+        found.dedup();
         found
     }
 
-    fn pieces(&self) -> Arc<Vec<Finder<'static>>> {
+    fn needles(&self) -> Arc<Vec<Needle>> {
         let secrets = (self.secrets)();
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.0 != secrets.len() {
-            let pieces = secrets.iter().flat_map(|secret| pieces(secret.as_bytes()));
-            let finders = pieces.map(|piece| Finder::new(piece).into_owned()).collect();
-            *known = (secrets.len(), Arc::new(finders));
+            let needles = secrets
+                .iter()
+                .flat_map(|secret| needles(secret.as_bytes()))
+                .collect();
+            *known = (secrets.len(), Arc::new(needles));
         }
         known.1.clone()
     }
 }
 
-/// Two pieces of a secret, of its second half and of its end: tokens of different people begin alike.
-fn pieces(secret: &[u8]) -> impl Iterator<Item = &[u8]> {
+/// Two pieces of a secret, of its second half and of its end: tokens of different people begin alike. A secret that is shorter than a piece is none.
+fn needles(secret: &[u8]) -> impl Iterator<Item = Needle> {
+    let whole: Arc<[u8]> = secret.into();
     let end = secret.len().checked_sub(PIECE);
     let middle = end.map(|end| (secret.len() / 2).saturating_sub(PIECE).min(end));
-    // A secret that is shorter than a piece is no secret.
-    [middle, end]
-        .into_iter()
-        .flatten()
-        .filter_map(|at| secret.get(at..at + PIECE))
+    [middle, end].into_iter().flatten().filter_map(move |at| {
+        let piece = whole.get(at..at + PIECE)?;
+        Some(Needle {
+            finder: Finder::new(piece).into_owned(),
+            secret: whole.clone(),
+            at,
+        })
+    })
 }
 
 #[cfg(test)]
@@ -75,10 +110,10 @@ mod tests {
             let needles = Needles::new(&secrets);
             let mut whole = vec![0; before];
             whole.extend(secret.as_bytes());
-            prop_assert!(!needles.inside(&whole).is_empty());
-            for (start, end) in needles.inside(&whole) {
-                prop_assert!(start >= before as u64 && end <= whole.len() as u64);
-            }
+            whole.extend(vec![b'A'; 20]);
+            let ends = (before, before + secret.len());
+            prop_assert!(needles.inside(&whole).contains(&ends), "all of it");
+            prop_assert!(needles.inside(&whole).iter().all(|found| ends.0 <= found.0 && found.1 <= ends.1), "and nothing else");
             let (first, second) = secret.as_bytes().split_at(cut);
             prop_assert!(!needles.inside(first).is_empty() || !needles.inside(second).is_empty());
             prop_assert!(needles.inside(&vec![b'A'; 5000]).is_empty() || secret.contains(&"A".repeat(PIECE)));

@@ -464,21 +464,16 @@ impl Maker {
     }
 }
 
-const KEY: &str = "it holds the key of this capture";
-const CREDENTIALS: &str = "it holds a part of the credentials with which this capture is stored";
-
-/// The pages that what was found lies in, each once, rising: offsets of the first byte, and of the one behind the last.
-fn pages_of(found: Vec<(u64, u64)>, size: u64) -> impl Iterator<Item = (u64, u64)> {
-    let pages: BTreeSet<u64> = found
-        .into_iter()
-        .flat_map(|(start, end)| start / PAGE..end.div_ceil(PAGE))
-        .collect();
-    pages
-        .into_iter()
-        .map(move |page| (page * PAGE, (page * PAGE + PAGE).min(size)))
+fn withheld(start: u64, end: u64, why: &str) -> MemoryGap {
+    MemoryGap {
+        start,
+        end: end.saturating_sub(1),
+        gap: Gap::Withheld,
+        why: why.to_owned(),
+    }
 }
 
-/// Leaves out the pages of the key and of the store's credentials, and says of every byte what it is. True when all are zero.
+/// Leaves out the pages of the key, blanks the store's credentials, and says of every byte what it is. True when all are zero.
 fn account(
     shared: &Shared,
     address: u64,
@@ -486,20 +481,28 @@ fn account(
     gaps: &mut Vec<MemoryGap>,
     tally: &mut Tally,
 ) -> bool {
+    let (mut blanked, mut secrets) = (BTreeMap::<u64, u64>::new(), Vec::new());
     if shared.source.is_this_host() {
-        let key = shared.key.inside(address, plain.len() as u64);
-        let key = key.into_iter().map(|(start, end)| (start, end, KEY));
-        let pages = pages_of(shared.needles.inside(plain), plain.len() as u64);
-        let pages = pages.map(|(start, end)| (address + start, address + end, CREDENTIALS));
-        for (start, end, why) in key.chain(pages) {
+        for (start, end) in shared.key.inside(address, plain.len() as u64) {
             super::part(plain, start - address, end - start).fill(0);
-            let gap = MemoryGap {
+            join(gaps, withheld(start, end, "it holds the key of this capture"));
+        }
+        for (start, end) in shared.needles.inside(plain) {
+            for at in start..end {
+                if let Some(byte) = plain.get_mut(at).filter(|byte| **byte != 0) {
+                    *byte = 0;
+                    *blanked.entry(at as u64 / PAGE).or_default() += 1;
+                }
+            }
+            let (start, end) = (
+                address.saturating_add(start as u64),
+                address.saturating_add(end as u64),
+            );
+            secrets.push(withheld(
                 start,
-                end: end - 1,
-                gap: Gap::Withheld,
-                why: why.to_owned(),
-            };
-            join(gaps, gap);
+                end,
+                "credentials with which this capture is stored",
+            ));
         }
     }
     let zero: Vec<bool> = plain.chunks(4096).map(is_zero).collect();
@@ -517,7 +520,12 @@ fn account(
         }
     }
     for ((index, chunk), zero) in (0u64..).zip(plain.chunks(4096)).zip(&zero) {
-        let (address, size) = (address.saturating_add(index * PAGE), chunk.len() as u64);
+        let hidden = blanked.get(&index).copied().unwrap_or(0);
+        tally.withheld += hidden;
+        let (address, size) = (
+            address.saturating_add(index * PAGE),
+            (chunk.len() as u64).saturating_sub(hidden),
+        );
         let gap = gaps.iter().find(|gap| gap.start <= address && address <= gap.end);
         match (gap.map(|gap| gap.gap), zero) {
             (Some(Gap::Withheld), _) => tally.withheld += size,
@@ -526,6 +534,7 @@ fn account(
             (None, false) => tally.read += size,
         }
     }
+    gaps.append(&mut secrets);
     !zero.contains(&false)
 }
 

@@ -7,12 +7,16 @@ use aws_credential_types::{
     Credentials,
     provider::{ProvideCredentials, SharedCredentialsProvider, error::CredentialsError, future},
 };
+use aws_sdk_s3::config::{
+    ConfigBag, Intercept, RuntimeComponents, interceptors::BeforeTransmitInterceptorContextMut,
+};
 use aws_sdk_s3::{Client, config::IdentityCache, operation::get_object::GetObjectOutput};
+use aws_smithy_runtime_api::{box_error::BoxError, client::orchestrator::HttpRequest};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::{
     sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// An order is a kilobyte or two.
@@ -20,7 +24,9 @@ const MAX_ORDER: usize = 64 << 10;
 /// New credentials are asked for so long before the old ones end, or when a quarter of their time is left.
 const BEFORE: SignedDuration = SignedDuration::from_mins(5);
 /// Between two questions, when there was nothing new.
-const AGAIN: SignedDuration = SignedDuration::from_secs(2);
+const AGAIN: Duration = Duration::from_secs(2);
+/// An answer that takes longer is not waited for: what is there is good for a while.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What an order holds.
 #[derive(Clone, Serialize, Deserialize)]
@@ -72,23 +78,58 @@ impl LentOrder {
 pub struct Lent {
     config: SdkConfig,
     order: Mutex<LentOrder>,
+    /// When the order was read again last.
+    asked: Mutex<Option<Instant>>,
+}
+
+/// Sends a request to a presigned address: without any header of AWS's, since S3 refuses those that were not signed.
+#[derive(Debug)]
+struct Presigned(String);
+
+impl Intercept for Presigned {
+    fn name(&self) -> &'static str {
+        "Presigned"
+    }
+
+    fn modify_before_transmit(
+        &self,
+        context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _components: &RuntimeComponents,
+        _config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let request = context.request_mut();
+        let names: Vec<String> = request
+            .headers()
+            .iter()
+            .map(|(name, _)| name.to_owned())
+            .collect();
+        for name in names
+            .iter()
+            .filter(|name| name.starts_with("x-amz-") || name.starts_with("amz-"))
+        {
+            request.headers_mut().remove(name.as_str());
+        }
+        Ok(request.set_uri(self.0.as_str())?)
+    }
 }
 
 impl Lent {
     /// Takes them from behind a presigned address. An error is one line, without the address: it is a secret as long as it is good.
     pub async fn borrow(config: &SdkConfig, address: &str) -> Result<Self, String> {
+        // Else the request would go where a bucket of the placeholder's name is, and that may be anybody's.
+        HttpRequest::empty()
+            .set_uri(address)
+            .map_err(|_| "the address of the order is none".to_owned())?;
         let mut unsigned = config.clone().into_builder();
         unsigned.set_credentials_provider(None);
         let unsigned = aws_sdk_s3::config::Builder::from(&unsigned.build())
             .allow_no_auth()
+            .interceptor(Presigned(address.to_owned()))
             .build();
-        let address = address.to_owned();
         let answer = Client::from_conf(unsigned)
             .get_object()
             .bucket("order")
             .key("order")
-            .customize()
-            .mutate_request(move |request| _ = request.set_uri(address.as_str()))
             .send()
             .await
             .map_err(|error| {
@@ -100,7 +141,18 @@ impl Lent {
         Ok(Lent {
             config: config.clone(),
             order: Mutex::new(read(answer).await?),
+            asked: Mutex::default(),
         })
+    }
+
+    /// True at most once in a while.
+    fn may_ask(&self) -> bool {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = asked.is_none_or(|at| at.elapsed() > AGAIN);
+        if may {
+            *asked = Some(Instant::now());
+        }
+        may
     }
 
     fn current(&self) -> LentOrder {
@@ -153,8 +205,9 @@ impl ProvideCredentials for Lent {
         future::ProvideCredentials::new(async {
             let now = Timestamp::now();
             let mut order = self.current();
-            if now >= order.due() {
-                match self.renew(&order).await {
+            if now >= order.due() && self.may_ask() {
+                let renewed = tokio::time::timeout(PATIENCE, self.renew(&order)).await;
+                match renewed.unwrap_or_else(|_| Err("the order was not read again in time".to_owned())) {
                     Ok(newer) if newer.expires > order.expires => {
                         *self.order.lock().unwrap_or_else(PoisonError::into_inner) = newer.clone();
                         order = newer;
@@ -168,7 +221,13 @@ impl ProvideCredentials for Lent {
                     Err(why) => return Err(CredentialsError::provider_error(why)),
                 }
             }
-            let again = now.saturating_add(AGAIN).unwrap_or(order.expires);
+            if now >= order.expires {
+                let why = "they were lent until now, and not renewed";
+                return Err(CredentialsError::provider_error(why));
+            }
+            let again = now
+                .saturating_add(SignedDuration::from_secs(2))
+                .unwrap_or(order.expires);
             let until = if now < order.due() {
                 order.due()
             } else {

@@ -7,7 +7,7 @@ use crate::{
     aws::{self, Reach, Remembered, said},
     lent::Lent,
 };
-use aws_credential_types::provider::SharedCredentialsProvider;
+use aws_credential_types::provider::{SharedCredentialsProvider, error::CredentialsError};
 use aws_sdk_s3::config::{
     ConfigBag, Intercept, RuntimeComponents, interceptors::BeforeDeserializationInterceptorContextRef,
 };
@@ -357,10 +357,23 @@ enum Fate {
     Unknown,
 }
 
+fn is_about_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.is::<CredentialsError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 fn judge(error: &SdkError<PutObjectError, HttpResponse>) -> Fate {
     match error {
         SdkError::ConstructionFailure(_) => Fate::Failed,
         SdkError::DispatchFailure(failure) if failure.is_user() => Fate::Failed,
+        // Without credentials nothing was sent.
+        error if is_about_credentials(error) => Fate::Failed,
         SdkError::TimeoutError(_) | SdkError::DispatchFailure(_) | SdkError::ResponseError(_) => {
             Fate::Unknown
         }

@@ -18,7 +18,7 @@ use tokio::runtime::Runtime;
 /// What a session may do, with the names of the project's policies in it.
 const POLICY: &str = include_str!("../../../ssm-documents/policies/session.json");
 /// An address is good for so long: for a host to begin, no longer.
-pub const ADDRESS_SECONDS: u64 = 300;
+pub const ADDRESS_SECONDS: i32 = 300;
 const ATTEMPTS: u32 = 5;
 
 /// Whose credentials are lent, by way of which bucket, for how long.
@@ -141,7 +141,7 @@ impl Lender {
             .bucket(&self.session.bucket)
             .key(key(capture, host))
             .presigned(PresigningConfig::expires_in(Duration::from_secs(
-                ADDRESS_SECONDS,
+                ADDRESS_SECONDS.unsigned_abs().into(),
             ))?);
         let signed = self
             .runtime

@@ -85,6 +85,8 @@ pub struct Host {
 pub struct Invocation {
     /// The host.
     pub host: String,
+    /// The command that reached it.
+    pub command: String,
     /// How far it is.
     pub state: State,
     /// What the agent said at its end.
@@ -397,6 +399,7 @@ fn invocation(one: &CommandInvocation) -> Invocation {
     let details = one.status_details().unwrap_or_default();
     Invocation {
         host: one.instance_id().unwrap_or_default().to_owned(),
+        command: one.command_id().unwrap_or_default().to_owned(),
         state: state(one.status().map_or("", |s| s.as_str()), details, told.as_ref()),
         output: if told.is_none() {
             last.map(str::to_owned)

@@ -43,6 +43,7 @@ pub struct Order {
     /// Whose credentials are lent to the hosts; nothing where their own roles' serve.
     pub session: Option<Session>,
     /// For how long each host was lent its first ones.
+    #[serde(default)]
     pub loans: BTreeMap<String, Loan>,
     /// The ids that Systems Manager gave it: one, or one a host where credentials are lent; nothing until it was sent.
     pub commands: Vec<String>,
@@ -85,10 +86,31 @@ impl Order {
         Ok(all)
     }
 
-    /// Has it killed on these hosts, or on all.
-    pub fn cancel(&self, ssm: &Ssm, hosts: &[String]) -> Result<()> {
-        self.commands()?
-            .iter()
-            .try_for_each(|command| ssm.cancel(command, hosts))
+    /// True when the service knows of every command, which it does a moment after it took it.
+    pub fn is_listed(&self, invocations: &[Invocation]) -> bool {
+        let known = |command: &String| invocations.iter().any(|one| one.command == *command);
+        !self.commands.is_empty() && self.commands.iter().all(known)
+    }
+
+    /// True when nothing more will come of any host.
+    pub fn is_over(&self, invocations: &[Invocation]) -> bool {
+        self.is_listed(invocations) && invocations.iter().all(|one| one.state.is_over())
+    }
+
+    /// Has it killed on these hosts, or on all. What fails for one command does not keep it from the others.
+    pub fn cancel(&self, ssm: &Ssm, hosts: Option<&[&Invocation]>) -> Result<()> {
+        let mut failed = None;
+        for command in self.commands()? {
+            let ids = hosts.map(|hosts| {
+                let of = hosts.iter().filter(|one| one.command == *command);
+                of.map(|one| one.host.clone()).collect::<Vec<_>>()
+            });
+            let done = match ids {
+                Some(ids) if ids.is_empty() => Ok(()),
+                ids => ssm.cancel(command, &ids.unwrap_or_default()),
+            };
+            failed = failed.or(done.err());
+        }
+        failed.map_or(Ok(()), Err)
     }
 }

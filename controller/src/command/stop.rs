@@ -3,7 +3,7 @@
 
 use super::{At, order::Order};
 use crate::{
-    aws::ssm::{Spread, Ssm, State, Targets},
+    aws::ssm::{Invocation, Spread, Ssm, State, Targets},
     ui::Ui,
 };
 use anyhow::{Result, bail};
@@ -36,19 +36,31 @@ pub fn stop(args: &Args, ui: &Ui) -> Result<u8> {
     let (_, order) = Order::find(&args.at, &args.capture)?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
     let invocations = order.invocations(&ssm)?;
-    let of = |states: &[State]| -> Vec<String> {
-        let found = invocations.iter().filter(|i| states.contains(&i.state));
-        found.map(|i| i.host.clone()).collect()
+    let of = |states: &[State]| -> Vec<&Invocation> {
+        invocations.iter().filter(|i| states.contains(&i.state)).collect()
     };
+    let names = |of: &[&Invocation]| of.iter().map(|one| one.host.clone()).collect::<Vec<_>>();
     // Who has not begun must not begin: there is nothing to close there.
     let waiting = of(&[State::Pending, State::Delayed]);
     if !waiting.is_empty() {
-        order.cancel(&ssm, &waiting)?;
-        ui.say(&format!("cancelled before it began on {}", waiting.join(", ")));
+        match order.cancel(&ssm, Some(&waiting)) {
+            Ok(()) => ui.say(&format!(
+                "cancelled before it began on {}",
+                printable(names(&waiting).join(", ").as_bytes())
+            )),
+            // Those that are at work are asked to stop all the same.
+            Err(error) => ui.warn(&format!("{error:#}")),
+        }
     }
-    let running = of(&[State::InProgress]);
+    let running = names(&of(&[State::InProgress]));
     if running.is_empty() && !waiting.is_empty() {
         return Ok(0);
+    }
+    if running.is_empty() && !order.is_listed(&invocations) {
+        bail!(
+            "Systems Manager does not know of every host of capture {} yet: try again in a moment",
+            order.capture
+        );
     }
     if running.is_empty() {
         bail!(
@@ -100,15 +112,14 @@ pub fn cancel(args: &Args, ui: &Ui) -> Result<u8> {
     let (_, order) = Order::find(&args.at, &args.capture)?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
     let invocations = order.invocations(&ssm)?;
-    // Of a command that was sent a moment ago the service knows nothing yet.
-    if !invocations.is_empty() && invocations.iter().all(|one| one.state.is_over()) {
+    if order.is_over(&invocations) {
         bail!(
             "no host is at capture {} any more; stillframe status",
             order.capture
         );
     }
     ui.warn("cancelling is SIGKILL: the capture is not closed, and `stillframe salvage` reads what was acknowledged; `stillframe stop` closes it");
-    order.cancel(&ssm, &[])?;
+    order.cancel(&ssm, None)?;
     let done = Done {
         capture: order.capture.to_string(),
         commands: order.commands()?,

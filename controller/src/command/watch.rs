@@ -43,6 +43,8 @@ pub struct Stall {
 /// Hosts whose progress is looked up each time round.
 const LOOKED_UP: usize = 4;
 const BETWEEN: Duration = Duration::from_secs(2);
+/// Failures one after another, each after several tries of the SDK's own, after which watching is given up.
+const MISSED: u32 = 60;
 /// A command without any host by then has none.
 const NOBODY: Duration = Duration::from_secs(60);
 
@@ -107,12 +109,12 @@ pub fn status(args: &Args, ui: &Ui) -> Result<u8> {
     }
     let view = view(&order, &invocations, &known, &BTreeSet::new())?;
     ui.print(&view, || table(&view, true));
-    Ok(code(&invocations))
+    Ok(code(&order, &invocations))
 }
 
 /// 0 when every host is complete, 5 when some are not, 3 while any is under way.
-fn code(invocations: &[Invocation]) -> u8 {
-    if invocations.is_empty() || invocations.iter().any(|i| !i.state.is_over()) {
+fn code(order: &Order, invocations: &[Invocation]) -> u8 {
+    if !order.is_over(invocations) {
         3
     } else if invocations.iter().all(|i| i.state == State::Complete) {
         0
@@ -131,11 +133,22 @@ pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, u
     let mut told: BTreeMap<String, String> = BTreeMap::new();
     let mut heard: BTreeMap<String, (u64, Instant)> = BTreeMap::new();
     let mut lost: BTreeSet<String> = BTreeSet::new();
-    let mut turn = 0;
+    let (mut turn, mut missed) = (0, 0);
     let began = Instant::now();
     loop {
         // It is normal that the service knows nothing of a command for a moment.
-        let invocations = order.invocations(ssm)?;
+        let invocations = match order.invocations(ssm) {
+            Ok(invocations) => invocations,
+            // A network that is gone for a while is no reason to leave hosts without new credentials.
+            Err(error) if !told.is_empty() && missed < MISSED => {
+                missed += 1;
+                ui.warn(&format!("{error:#}; trying again"));
+                std::thread::sleep(BETWEEN);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        missed = 0;
         if invocations.is_empty() && began.elapsed() > NOBODY {
             bail!(
                 "Systems Manager knows of no host that got command {}: has any that tag, or is any in that group?",
@@ -184,7 +197,7 @@ pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, u
             }
         }
         lost.retain(|host| running.iter().any(|one| one.host == *host));
-        let over = !invocations.is_empty()
+        let over = order.is_listed(&invocations)
             && invocations
                 .iter()
                 .all(|i| i.state.is_over() || lost.contains(&i.host));
@@ -195,13 +208,13 @@ pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, u
                     table(&view, invocations.len() > 50)
                 } else {
                     format!(
-                        "left; the capture goes on: stillframe watch {} --store {}",
+                        "left; the capture goes on (and nothing that is lent is renewed): stillframe watch {} --store {}",
                         order.capture,
                         printable(order.store.as_bytes())
                     )
                 }
             });
-            return Ok(code(&invocations));
+            return Ok(code(order, &invocations));
         }
         std::thread::sleep(BETWEEN);
     }

@@ -51,7 +51,11 @@ impl Whom {
                     );
                 }
             }
-            return Ok(Targets::Instances(self.instance.clone()));
+            // Once each: two agents of one capture would contradict each other.
+            let mut ids = self.instance.clone();
+            ids.sort_unstable();
+            ids.dedup();
+            return Ok(Targets::Instances(ids));
         }
         let mut keys: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for tag in &self.tag {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 use stillframe_store::{
     aws::{self, Reach},
-    s3::address,
+    s3::{address, below},
 };
 
 /// The policy that the bucket must have.
@@ -53,7 +53,7 @@ impl Check {
 
 /// What is to be said of the bucket of `s3://bucket/prefix`.
 pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Check>> {
-    let (bucket, _) = address(target).map_err(|why| anyhow!(why))?;
+    let (bucket, prefix) = address(target).map_err(|why| anyhow!(why))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -64,7 +64,7 @@ pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Check>> {
         Ok(vec![
             versioning(&client, bucket).await,
             lock(&client, bucket).await,
-            policy(&client, bucket).await,
+            policy(&client, bucket, prefix).await,
         ])
     })
 }
@@ -125,13 +125,13 @@ async fn lock(client: &Client, bucket: &str) -> Check {
     }
 }
 
-async fn policy(client: &Client, bucket: &str) -> Check {
+async fn policy(client: &Client, bucket: &str, prefix: &str) -> Check {
     let what = "bucket policy";
     let has = match client.get_bucket_policy().bucket(bucket).send().await {
         Ok(answer) => answer.policy().unwrap_or_default().to_owned(),
         Err(error) => return Check::new(what, Health::Bad, said(&error)),
     };
-    match missing(&has, bucket) {
+    match missing(&has, bucket, prefix) {
         Ok(missing) if missing.is_empty() => Check::new(
             what,
             Health::Good,
@@ -150,9 +150,15 @@ async fn policy(client: &Client, bucket: &str) -> Check {
 }
 
 /// The statements of the project's policy that a policy does not have word for word; it may have more.
-fn missing(has: &str, bucket: &str) -> Result<Vec<String>> {
+fn missing(has: &str, bucket: &str, prefix: &str) -> Result<Vec<String>> {
     let has: Value = serde_json::from_str(has).context("the policy is no JSON")?;
-    let wanted: Value = serde_json::from_str(&POLICY.replace("EVIDENCE_BUCKET", bucket))?;
+    // The patterns of a store with a prefix have it before each folder.
+    let mut wanted = POLICY.to_owned();
+    for folder in ["evidence/", "cases/"] {
+        let below = format!("EVIDENCE_BUCKET/{}", below(prefix, folder));
+        wanted = wanted.replace(&format!("EVIDENCE_BUCKET/{folder}"), &below);
+    }
+    let wanted: Value = serde_json::from_str(&wanted.replace("EVIDENCE_BUCKET", bucket))?;
     let statements = |policy: &Value| {
         policy
             .get("Statement")
@@ -181,12 +187,19 @@ mod tests {
     #[test]
     fn a_policy_that_lacks_a_statement_is_told() {
         let whole = POLICY.replace("EVIDENCE_BUCKET", "b");
-        assert!(missing(&whole, "b").unwrap().is_empty());
+        assert!(missing(&whole, "b", "").unwrap().is_empty());
+        // Of a store below a prefix it would refuse every put.
+        let names = ["EvidenceIsWrittenOnce", "EvidenceIsWrittenUnderOnesOwnName"];
+        assert_eq!(missing(&whole, "b", "team").unwrap(), names);
+        let moved = whole
+            .replace("b/evidence/", "b/team/evidence/")
+            .replace("b/cases/", "b/team/cases/");
+        assert!(missing(&moved, "b", "team").unwrap().is_empty());
         let mut less: Value = serde_json::from_str(&whole).unwrap();
         less["Statement"].as_array_mut().unwrap().remove(1);
         less["Statement"][0]["Effect"] = "Allow".into();
-        let missing = missing(&less.to_string(), "b").unwrap();
+        let missing = missing(&less.to_string(), "b", "").unwrap();
         assert_eq!(missing, ["TlsOnly", "EvidenceIsWrittenOnce"]);
-        assert!(super::missing("x", "b").is_err());
+        assert!(super::missing("x", "b", "").is_err());
     }
 }

@@ -83,6 +83,14 @@ pub fn validate(document: &Value) -> Result<()> {
                     pattern.starts_with('^') && pattern.ends_with('$'),
                     "{name}: a pattern that is not anchored allows anything"
                 );
+                // The SSM agent compiles them with Go's regexp, which takes no more; a document with one fails on every host.
+                let counts = pattern
+                    .split(['{', ',', '}'])
+                    .filter_map(|n| n.parse::<u32>().ok());
+                ensure!(
+                    counts.max() <= Some(1000),
+                    "{name}: a count above 1000 in its pattern"
+                );
                 let compiled = regex_lite::Regex::new(pattern).map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
                 for danger in [
                     "'", "\"", "`", "$(id)", ";", "&", "|", "\n", "{{ X }}", "a b", "a'b",

@@ -125,6 +125,11 @@ pub fn check(request: &Request, claim: &Claim, secret: &str, now: Timestamp) -> 
         .and_then(|at| at.to_zoned(TimeZone::UTC).ok())
         .ok_or(Wrong::Signature)?
         .timestamp();
+    // S3: HeadersNotSigned.
+    let unsigned = |name: &&String| name.starts_with("x-amz-") && !claim.signed.contains(*name);
+    if claim.expires.is_some() && request.headers.keys().any(|name| unsigned(&name)) {
+        return Err(Wrong::Signature);
+    }
     let age = now.as_second() - at.as_second();
     match claim.expires {
         Some(seconds) if age > seconds => return Err(Wrong::Expired),

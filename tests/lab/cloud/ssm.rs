@@ -429,11 +429,24 @@ impl Inside {
             .commands
             .get_mut(id)
             .ok_or(("InvalidCommandId", id.to_owned()))?;
-        sent.cancelled = true;
+        let ids: Vec<&str> = body["InstanceIds"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
+        if let Some(foreign) = ids
+            .iter()
+            .find(|id| !sent.invocations.iter().any(|i| i.host == **id))
+        {
+            return Err(("InvalidInstanceId", (*foreign).to_owned()));
+        }
+        sent.cancelled |= ids.is_empty();
         for one in sent
             .invocations
             .iter_mut()
             .filter(|i| matches!(i.status, "Pending" | "InProgress"))
+            .filter(|i| ids.is_empty() || ids.contains(&&i.host[..]))
         {
             match one.group {
                 Some(group) => {
@@ -530,7 +543,7 @@ impl Run {
                         ("Cancelled", "Terminated");
                     break;
                 }
-                if sent.cancelled {
+                if sent.cancelled || sent.invocations[index].status == "Cancelled" {
                     break;
                 }
                 let mut now = running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -657,7 +670,7 @@ impl Run {
             .state()
             .commands
             .get(&self.command)
-            .is_some_and(|s| s.cancelled);
+            .is_some_and(|s| s.cancelled || s.invocations[index].status == "Cancelling");
         match code {
             0 | 168 => self.end(
                 index,

@@ -3,7 +3,7 @@
 use super::{Args, orderer};
 use crate::{
     aws::{
-        session::{Lender, Session},
+        session::{ADDRESS_SECONDS, Lender, Session},
         ssm::{Document, Host, Spread, Ssm, Targets},
     },
     command::{order::Order, watch, whom::Whom},
@@ -264,22 +264,26 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     order
         .keep(&store)
         .context("the order could not be written down, and nothing was sent")?;
-    let spread = Spread {
+    let mut spread = Spread {
         max_concurrency: remote.max_concurrency.clone(),
         max_errors: remote.max_errors.clone(),
         delivery_seconds: remote.delivery_timeout,
     };
+    if order.session.is_some() {
+        // A host that begins when the address is no longer good could only fail.
+        spread.delivery_seconds = spread.delivery_seconds.min(ADDRESS_SECONDS - 30);
+    }
     let comment = format!("Stillframe {} {}", order.capture, order.case);
-    let sent = send(&mut order, args, &ssm, &mut parameters, &spread, &comment);
-    // Whatever was sent stands in the order, also when the next was not.
-    order.keep(&store).with_context(|| {
-        format!(
-            "capture {} was sent as {}, and that could not be written down",
-            order.capture,
-            order.commands.join(", ")
-        )
-    })?;
-    sent?;
+    let sent = send(&mut order, args, &ssm, &store, &mut parameters, &spread, &comment);
+    let code = match sent {
+        Ok(()) => 0,
+        Err(error) if order.commands.is_empty() => return Err(error),
+        // Others are at work already.
+        Err(error) => {
+            ui.warn(&format!("not every host got the order: {error:#}"));
+            5
+        }
+    };
     let sent = Sent {
         capture: order.capture,
         commands: &order.commands,
@@ -287,7 +291,8 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let commands = order.commands.join(", ");
     if remote.watch {
         ui.say(&format!("capture {}  command {commands}", order.capture));
-        return watch::follow(&store, &order, &args.at, &remote.stall, &ssm, ui);
+        let ended = watch::follow(&store, &order, &args.at, &remote.stall, &ssm, ui)?;
+        return Ok(if ended == 0 { code } else { ended });
     }
     ui.print(&sent, || {
         format!(
@@ -298,31 +303,34 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             printable(order.store.as_bytes())
         )
     });
-    Ok(0)
+    Ok(code)
 }
 
-/// Sends one command; or one a host, each with the address of the credentials that are lent to it.
+/// Sends one command; or one a host, each with the address of the credentials that are lent to it. What was sent is written down at once: without it nobody could stop it.
 fn send(
     order: &mut Order,
     args: &Args,
     ssm: &Ssm,
+    store: &Store,
     parameters: &mut BTreeMap<&'static str, String>,
     spread: &Spread,
     comment: &str,
 ) -> Result<()> {
-    let (Some(session), Targets::Instances(hosts)) = (&order.session, &order.targets) else {
+    let (Some(session), Targets::Instances(hosts)) = (order.session.clone(), order.targets.clone()) else {
         let command = ssm.send(&order.document, &order.targets, parameters, spread, comment)?;
-        order.commands.push(command);
-        return Ok(());
+        return sent(order, store, command);
     };
-    let lender = Lender::open(&args.at.aws.reach(), session)?;
-    for host in hosts {
+    let lender = Lender::open(&args.at.aws.reach(), &session)?;
+    for host in &hosts {
         let loan = lender.lend(&order.store, order.capture, host)?;
         order.loans.insert(host.clone(), loan);
-        parameters.insert("OrderUrl", lender.address(order.capture, host)?);
         let target = Targets::Instances(vec![host.clone()]);
-        match ssm.send(&order.document, &target, parameters, spread, comment) {
-            Ok(command) => order.commands.push(command),
+        let command = lender.address(order.capture, host).and_then(|address| {
+            parameters.insert("OrderUrl", address);
+            ssm.send(&order.document, &target, parameters, spread, comment)
+        });
+        match command {
+            Ok(command) => sent(order, store, command)?,
             Err(error) => {
                 let left = lender.take_back(order.capture, host);
                 return Err(error.context(match left {
@@ -333,6 +341,17 @@ fn send(
         }
     }
     Ok(())
+}
+
+fn sent(order: &mut Order, store: &Store, command: String) -> Result<()> {
+    order.commands.push(command);
+    order.keep(store).with_context(|| {
+        format!(
+            "capture {} was sent as {}, and that could not be written down",
+            order.capture,
+            order.commands.join(", ")
+        )
+    })
 }
 
 fn text(plan: &Plan) -> String {
