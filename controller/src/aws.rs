@@ -5,21 +5,27 @@ pub mod ssm;
 
 use anyhow::{Context as _, Result, anyhow};
 pub use stillframe_store::aws::said;
-use stillframe_store::aws::{Reach, config};
+use stillframe_store::aws::{Reach, SdkConfig, config};
+use tokio::runtime::Runtime;
 
-/// Whose credentials the programs have, as STS says it: an ARN.
-pub fn caller(reach: &Reach) -> Result<String> {
+/// How AWS is reached, and what runs the requests of one client after another. The SDK tries so often.
+pub fn connect(reach: &Reach, attempts: u32) -> Result<(Runtime, SdkConfig)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("no runtime")?;
-    runtime.block_on(async {
-        let config = config(reach, 3, None).await.map_err(|why| anyhow!(why))?;
-        let answer = aws_sdk_sts::Client::new(&config)
-            .get_caller_identity()
-            .send()
-            .await;
-        let answer = answer.map_err(|error| anyhow!("STS: {}", said(&error)))?;
-        Ok(answer.arn().unwrap_or("STS names nobody").to_owned())
-    })
+    let config = runtime
+        .block_on(config(reach, attempts, None))
+        .map_err(|why| anyhow!(why))?;
+    Ok((runtime, config))
+}
+
+/// Whose credentials the programs have, as STS says it: an ARN.
+pub fn caller(reach: &Reach) -> Result<String> {
+    let (runtime, config) = connect(reach, 3)?;
+    let request = aws_sdk_sts::Client::new(&config).get_caller_identity();
+    let answer = runtime
+        .block_on(request.send())
+        .map_err(|error| anyhow!("STS: {}", said(&error)))?;
+    Ok(answer.arn().unwrap_or("STS names nobody").to_owned())
 }

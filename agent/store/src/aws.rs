@@ -1,8 +1,9 @@
 //! How both programs reach AWS: through the SDK, by its usual variables and by flags that say the same, with TLS roots of our own and
 //! without any file of the machine that it runs on. It knows no bucket and no command.
 
+pub use aws_config::SdkConfig;
 use aws_config::{
-    BehaviorVersion, SdkConfig,
+    BehaviorVersion,
     environment::EnvironmentVariableCredentialsProvider,
     identity::IdentityCache,
     imds::{credentials::ImdsCredentialsProvider, region::ImdsRegionProvider},

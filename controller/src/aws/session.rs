@@ -1,18 +1,14 @@
 //! Credentials lent to hosts whose own role has no right: a session of a role, narrowed to one capture, laid as an order into a bucket of its own, behind an
 //! address that is good for minutes. It knows no verb and prints nothing.
 
-use super::said;
-use anyhow::{Context as _, Result, anyhow, bail};
+use super::{connect, said};
+use anyhow::{Result, anyhow, bail};
 use aws_sdk_s3::{presigning::PresigningConfig, primitives::ByteStream};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use stillframe_evidence::layout::CaptureId;
-use stillframe_store::{
-    aws::{self, Reach},
-    lent::LentOrder,
-    s3,
-};
+use stillframe_store::{aws::Reach, lent::LentOrder, s3};
 use tokio::runtime::Runtime;
 
 /// What a session may do, with the names of the project's policies in it.
@@ -73,13 +69,7 @@ fn policy(store: &str, session: &Session, capture: CaptureId, host: &str) -> Res
 impl Lender {
     /// Opens it with the responder's own credentials.
     pub fn open(reach: &Reach, session: &Session) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("no runtime")?;
-        let config = runtime
-            .block_on(aws::config(reach, ATTEMPTS, None))
-            .map_err(|why| anyhow!(why))?;
+        let (runtime, config) = connect(reach, ATTEMPTS)?;
         Ok(Lender {
             sts: aws_sdk_sts::Client::new(&config),
             s3: aws_sdk_s3::Client::new(&config),

@@ -1,7 +1,7 @@
 //! Run Command: what is sent, and what became of it on each host. Statuses stay apart as Systems Manager has them, and a `Success` counts only with the
 //! line that the agent prints at its end: a step that a host skipped is a success, too.
 
-use super::said;
+use super::{connect, said};
 use anyhow::{Context as _, Result, anyhow, bail};
 use aws_sdk_ssm::{
     Client,
@@ -14,7 +14,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     time::{Duration, Instant},
 };
-use stillframe_store::aws::{self, Reach};
+use stillframe_store::aws::Reach;
 use tokio::runtime::Runtime;
 
 /// How often the SDK tries: a fleet is throttled now and then.
@@ -195,13 +195,7 @@ where
 impl Ssm {
     /// Opens it.
     pub fn open(reach: &Reach) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("no runtime")?;
-        let config = runtime
-            .block_on(aws::config(reach, ATTEMPTS, None))
-            .map_err(|why| anyhow!(why))?;
+        let (runtime, config) = connect(reach, ATTEMPTS)?;
         Ok(Ssm {
             client: Client::new(&config),
             runtime,

@@ -2,7 +2,7 @@
 //! checksums, times. They are what anchors a capture.
 
 use super::Place;
-use crate::aws::said;
+use crate::aws::{connect, said};
 use anyhow::{Context as _, Result, anyhow};
 use aws_sdk_s3::{
     Client,
@@ -20,7 +20,7 @@ use stillframe_evidence::{
     verdict::{Anchor, Finding},
 };
 use stillframe_store::{
-    aws::{self, Reach},
+    aws::Reach,
     s3::{address, below},
 };
 use tokio::runtime::Runtime;
@@ -56,13 +56,7 @@ impl Bucket {
     /// Opens `s3://bucket/prefix`.
     pub fn open(target: &str, reach: &Reach) -> Result<Self> {
         let (bucket, prefix) = address(target).map_err(|why| anyhow!(why))?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("no runtime")?;
-        let config = runtime
-            .block_on(aws::config(reach, ATTEMPTS, None))
-            .map_err(|why| anyhow!("--store {target}: {why}"))?;
+        let (runtime, config) = connect(reach, ATTEMPTS).with_context(|| format!("--store {target}"))?;
         Ok(Bucket {
             client: Client::new(&config),
             runtime,

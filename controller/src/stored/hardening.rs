@@ -1,6 +1,6 @@
 //! Whether a bucket keeps evidence as it must be kept: versions, Object Lock, the project's policy. It asks, and changes nothing.
 
-use crate::aws::said;
+use crate::aws::{connect, said};
 use anyhow::{Context as _, Result, anyhow};
 use aws_sdk_s3::{
     Client,
@@ -9,7 +9,7 @@ use aws_sdk_s3::{
 use serde::Serialize;
 use serde_json::Value;
 use stillframe_store::{
-    aws::{self, Reach},
+    aws::Reach,
     s3::{address, below},
 };
 
@@ -54,19 +54,15 @@ impl Check {
 /// What is to be said of the bucket of `s3://bucket/prefix`.
 pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Check>> {
     let (bucket, prefix) = address(target).map_err(|why| anyhow!(why))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("no runtime")?;
-    runtime.block_on(async {
-        let config = aws::config(reach, ATTEMPTS, None).await;
-        let client = Client::new(&config.map_err(|why| anyhow!("--store {target}: {why}"))?);
-        Ok(vec![
+    let (runtime, config) = connect(reach, ATTEMPTS).with_context(|| format!("--store {target}"))?;
+    let client = Client::new(&config);
+    Ok(runtime.block_on(async {
+        vec![
             versioning(&client, bucket).await,
             lock(&client, bucket).await,
             policy(&client, bucket, prefix).await,
-        ])
-    })
+        ]
+    }))
 }
 
 async fn versioning(client: &Client, bucket: &str) -> Check {

@@ -256,12 +256,7 @@ impl Inside {
         let state = self.state();
         let fits = |host: &&Host| {
             body["Filters"].as_array().into_iter().flatten().all(|filter| {
-                let values: Vec<&str> = filter["Values"]
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .filter_map(Value::as_str)
-                    .collect();
+                let values = strings(&filter["Values"]);
                 matches(host, filter["Key"].as_str().unwrap_or_default(), &values)
             })
         };
@@ -300,12 +295,7 @@ impl Inside {
         if !(30..=2_592_000).contains(&seconds) {
             return Err(("ValidationException", "TimeoutSeconds".to_owned()));
         }
-        let ids: Vec<&str> = body["InstanceIds"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str)
-            .collect();
+        let ids = strings(&body["InstanceIds"]);
         if ids.len() > 50 {
             return Err(("ValidationException", "more than 50 instances".to_owned()));
         }
@@ -314,12 +304,7 @@ impl Inside {
             ids.contains(&&host.id[..])
                 || (!targets.is_empty()
                     && targets.iter().all(|target| {
-                        let values: Vec<&str> = target["Values"]
-                            .as_array()
-                            .into_iter()
-                            .flatten()
-                            .filter_map(Value::as_str)
-                            .collect();
+                        let values = strings(&target["Values"]);
                         matches(host, target["Key"].as_str().unwrap_or_default(), &values)
                     }))
         };
@@ -429,12 +414,7 @@ impl Inside {
             .commands
             .get_mut(id)
             .ok_or(("InvalidCommandId", id.to_owned()))?;
-        let ids: Vec<&str> = body["InstanceIds"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str)
-            .collect();
+        let ids = strings(&body["InstanceIds"]);
         if let Some(foreign) = ids
             .iter()
             .find(|id| !sent.invocations.iter().any(|i| i.host == **id))
@@ -484,6 +464,11 @@ fn token(body: &Value) -> usize {
         .as_str()
         .and_then(|t| t.parse().ok())
         .unwrap_or(0)
+}
+
+fn strings(list: &Value) -> Vec<&str> {
+    let list = list.as_array().into_iter().flatten();
+    list.filter_map(Value::as_str).collect()
 }
 
 fn paged(mut value: Value, next: usize, of: usize) -> Value {
