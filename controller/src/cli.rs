@@ -26,7 +26,7 @@ enum Verb {
     /// Watch an order until every host is done
     Watch(watch::Args),
     /// How far each host of an order is
-    Status(watch::Args),
+    Status(watch::StatusArgs),
     /// Have a capture end in good order, with what it has
     Stop(stop::Args),
     /// Have a capture killed where it runs

@@ -434,12 +434,12 @@ fn a_doctor_says_what_would_fail() {
         "bucket versioning",
         "bucket lock",
         "bucket policy",
-        "agent",
         "host i-0lab",
     ] {
         assert_eq!(health(what), "good", "{what}");
     }
-    assert_eq!(code, Some(0));
+    // The agent that was built beside it needs this machine's libc.
+    assert_eq!((health("agent").as_str(), code), ("weak", Some(5)));
     // A bucket that keeps nothing, and a host that nobody knows.
     let open = format!("s3://{OPEN}");
     let (code, health) = doctor(&[
@@ -480,7 +480,7 @@ fn one_service_is_reached_by_its_own_variable() {
         ])
         .output()
         .unwrap();
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use std::io::Read as _;
 use stillframe_tests::{
     captured,
-    cloud::{BUCKET, Cloud, INSTANCE},
+    cloud::{BUCKET, Cloud, INSTANCE, ORDERS, SESSION_ROLE},
     fill,
     load::{self, Load},
     programs,
@@ -71,6 +71,7 @@ fn main() -> Result<()> {
                 "export STORE=s3://{BUCKET} INSTANCE={INSTANCE} AGENT={}",
                 agent.display()
             );
+            println!("export ORDER_BUCKET={ORDERS} SESSION_ROLE={SESSION_ROLE}");
             println!("# Enter ends it");
             let _ = std::io::stdin().read(&mut [0])?;
         }

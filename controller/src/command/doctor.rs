@@ -55,11 +55,16 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     }
     checks.push(agent());
     checks.extend(hosts(args, &ssm)?);
+    checks.push(Check::new(
+        "not looked at",
+        Health::Unseen,
+        "whether the agent is staged on the hosts, what their role may put, whether what is lent would do",
+    ));
     let health = checks.iter().map(|f| f.health).max().unwrap_or(Health::Good);
     let report = Report { health, checks };
     ui.print(&report, || text(&report));
     Ok(match health {
-        Health::Good => 0,
+        Health::Good | Health::Unseen => 0,
         Health::Weak => 5,
         Health::Bad => 1,
     })
@@ -72,6 +77,14 @@ fn agent() -> Check {
             .with_context(|| path.display().to_string())
     });
     match bytes {
+        Ok((path, bytes)) if memchr::memmem::find(&bytes, b"/ld-linux").is_some() => Check::new(
+            "agent",
+            Health::Weak,
+            format!(
+                "{} needs the libc of this machine: stage the static one, and order with --agent-sha256",
+                path.display()
+            ),
+        ),
         Ok((path, bytes)) => {
             let sha256 = Hash(Sha256::digest(bytes).into());
             Check::new(
@@ -149,6 +162,7 @@ fn text(report: &Report) -> String {
     let lines = report.checks.iter().map(|check| {
         let health = match check.health {
             Health::Good => "good",
+            Health::Unseen => "-",
             Health::Weak => "weak",
             Health::Bad => "BAD",
         };

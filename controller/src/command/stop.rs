@@ -3,6 +3,7 @@
 
 use super::{At, order::Order};
 use crate::{
+    aws::session::Lender,
     aws::ssm::{Invocation, Spread, Ssm, State, Targets},
     ui::Ui,
 };
@@ -120,6 +121,14 @@ pub fn cancel(args: &Args, ui: &Ui) -> Result<u8> {
     }
     ui.warn("cancelling is SIGKILL: the capture is not closed, and `stillframe salvage` reads what was acknowledged; `stillframe stop` closes it");
     order.cancel(&ssm, None)?;
+    if let Some(session) = &order.session {
+        let lender = Lender::open(&args.at.aws.reach(), session)?;
+        for host in order.loans.keys() {
+            if let Err(error) = lender.take_back(order.capture, host) {
+                ui.warn(&format!("{}: {error:#}", printable(host.as_bytes())));
+            }
+        }
+    }
     let done = Done {
         capture: order.capture.to_string(),
         commands: order.commands()?,

@@ -47,6 +47,13 @@ pub fn text(report: &Report) -> String {
     lines.extend(report.unproven.iter().map(|f| line("not proven", f)));
     lines.push(summary(report));
     lines.push(format!("{:<16}  {}", "because", report.because));
+    let case = report
+        .chain
+        .as_ref()
+        .and_then(|c| c.opening())
+        .map(|o| &o.order.case);
+    let case = case.map_or_else(String::new, |case| format!("  case {case}"));
+    lines.push(format!("{:<16}  {}{case}", "capture", report.capture));
     let closing = report.chain.as_ref().and_then(|c| c.closing());
     if let Some(why) = closing.and_then(|c| c.stopped.as_deref()) {
         lines.push(format!(

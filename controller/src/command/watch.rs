@@ -32,6 +32,15 @@ pub struct Args {
     stall: Stall,
 }
 
+/// Whose state.
+#[derive(ClapArgs)]
+pub struct StatusArgs {
+    /// The id of the capture that was ordered, a unique beginning of it, or `latest`
+    capture: String,
+    #[command(flatten)]
+    at: At,
+}
+
 /// How long nothing may be heard.
 #[derive(ClapArgs)]
 pub struct Stall {
@@ -94,7 +103,7 @@ pub fn watch(args: &Args, ui: &Ui) -> Result<u8> {
 }
 
 /// Looks once.
-pub fn status(args: &Args, ui: &Ui) -> Result<u8> {
+pub fn status(args: &StatusArgs, ui: &Ui) -> Result<u8> {
     let (store, order) = Order::find(&args.at, &args.capture)?;
     let ssm = Ssm::open(&args.at.aws.reach())?;
     let invocations = order.invocations(&ssm)?;
@@ -358,10 +367,14 @@ fn table(view: &View, hosts: bool) -> String {
         );
     }
     lines.push(format!(
-        "{:<16}  {}: {}",
+        "{:<16}  {}: {}{}",
         "hosts",
         count(view.hosts.len(), "host"),
-        counted(&view.counts)
+        counted(&view.counts),
+        match view.hosts.iter().filter(|host| host.lost).count() {
+            0 => String::new(),
+            lost => format!(", {lost} of them lost"),
+        }
     ));
     if view.hosts.is_empty() {
         lines.push(format!(
@@ -370,9 +383,22 @@ fn table(view: &View, hosts: bool) -> String {
         ));
     }
     let store = printable(view.store.as_bytes());
-    lines.push(format!(
-        "{:<16}  stillframe verify {} --store {store}",
-        "next", view.capture
-    ));
+    let is_over = |host: &Line| host.invocation.state.is_over();
+    let next = if view.hosts.iter().any(|host| host.lost) {
+        Some("salvage")
+    } else if !view.hosts.iter().all(is_over) || view.hosts.is_empty() {
+        Some("watch")
+    } else if view.hosts.iter().any(|host| host.invocation.told.is_some()) {
+        Some("verify")
+    } else {
+        // Nobody wrote a capture that could be.
+        None
+    };
+    lines.extend(next.map(|verb| {
+        format!(
+            "{:<16}  stillframe {verb} {} --store {store}",
+            "next", view.capture
+        )
+    }));
     lines.join("\n")
 }

@@ -23,6 +23,8 @@ const ATTEMPTS: u32 = 4;
 pub enum Health {
     /// As it must be.
     Good,
+    /// Nobody knows from here.
+    Unseen,
     /// Something will be less than it could be.
     Weak,
     /// An order would fail.

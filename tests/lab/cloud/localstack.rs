@@ -17,6 +17,15 @@ pub struct LocalStack {
     _folder: tempfile::TempDir,
 }
 
+/// Its server takes the port of `GATEWAY_LISTEN` and listens on every address of the machine, where nobody judges who asks.
+const ON_LOOPBACK: &str = "
+import runpy
+from twisted.internet.endpoints import TCP4ServerEndpoint as Endpoint
+begin = Endpoint.__init__
+Endpoint.__init__ = lambda self, reactor, port, backlog=50, interface=None: begin(self, reactor, port, backlog, '127.0.0.1')
+runpy.run_module('localstack.runtime.main', run_name='__main__')
+";
+
 impl LocalStack {
     /// Starts it and waits until it answers.
     pub fn start() -> Result<Self> {
@@ -34,10 +43,11 @@ impl LocalStack {
         command
             .args([
                 "-c",
-                "\"$0\" -m localstack.runtime.main < /dev/null & read nothing; kill -9 $!; rm -rf \"$1\"",
+                "\"$0\" -c \"$2\" < /dev/null & read nothing; kill -9 $!; rm -rf \"$1\"",
             ])
             .arg(python)
             .arg(folder.path())
+            .arg(ON_LOOPBACK)
             .current_dir(folder.path())
             .env("GATEWAY_LISTEN", format!("127.0.0.1:{port}"))
             .env("LOCALSTACK_HOST", format!("127.0.0.1:{port}"))

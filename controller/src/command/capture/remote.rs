@@ -36,10 +36,10 @@ pub struct Remote {
     /// Where the agent is on Linux hosts
     #[arg(long, default_value = "/opt/stillframe/stillframe-agent")]
     pub agent_path: String,
-    /// Have the agent fetched first, from where S3 has it
-    #[arg(long)]
+    /// Have the agent fetched first, to Linux hosts: https://BUCKET.s3.REGION.amazonaws.com/KEY
+    #[arg(long, value_parser = address)]
     pub agent_url: Option<String>,
-    /// Whose credentials the hosts write with: their own role's, or those of a session that is lent to each
+    /// Whose credentials the hosts write with: their own role's, or those of a session that is lent to each (needs --instance, --session-role, --order-bucket)
     #[arg(long, value_enum, default_value_t)]
     pub credentials: Credentials,
     /// The role whose session is lent, by its ARN
@@ -79,6 +79,18 @@ pub struct Remote {
     pub plan: bool,
 }
 
+/// What the document takes.
+fn address(text: &str) -> Result<String, String> {
+    let rest = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b"._:/-".contains(&b);
+    match rest {
+        Some(rest) if (1..=300).contains(&rest.len()) && rest.bytes().all(fits) => Ok(text.to_owned()),
+        _ => Err("https://BUCKET.s3.REGION.amazonaws.com/KEY is expected".to_owned()),
+    }
+}
+
 /// Whose credentials a host writes with.
 #[derive(Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Credentials {
@@ -92,6 +104,9 @@ pub enum Credentials {
 impl Remote {
     fn session(&self) -> Result<Option<Session>> {
         if self.credentials == Credentials::Role {
+            if self.session_role.is_some() || self.order_bucket.is_some() {
+                bail!("--session-role and --order-bucket are for --credentials session");
+            }
             return Ok(None);
         }
         if self.whom.instance.is_empty() {
