@@ -60,7 +60,7 @@ fn full() -> &'static Full {
 
 #[test]
 fn every_page_with_an_identity_is_there_and_right() {
-    captured::every_identity_is_there(&full().captured.image(), 600 << 8).unwrap();
+    captured::every_identity_is_there(&full().captured.image(), 600 << 8, captured::COPIES_BY_KCORE).unwrap();
 }
 
 #[test]

@@ -75,7 +75,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
         ran.console
     );
     let captured = Captured::from(&ran).unwrap();
-    captured::every_identity_is_there(&captured.image(), 232 << 8).unwrap();
+    captured::every_identity_is_there(&captured.image(), 232 << 8, captured::COPIES_BY_LIME).unwrap();
     let records = store::records(&captured.base, "memory").unwrap();
     assert!(
         records
@@ -284,7 +284,7 @@ fn an_image_that_was_cut_off_is_taken_as_far_as_it_goes() {
     assert_eq!(outcome["status"], "partial", "{outcome}");
     assert!(outcome["problems"].to_string().contains("cut off"), "{outcome}");
     captured::fetch(&base, &folder.path().join("fetched"), &[]).unwrap();
-    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), 100).unwrap();
+    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), 100, 0).unwrap();
     fs::write(&image, b"").unwrap();
     let base = folder.path().join("empty");
     assert_eq!(capture(&base, &["--image", text(&image)]), Some(5));
@@ -327,7 +327,7 @@ fn a_host_that_is_short_of_memory_is_let_go() {
     let (verdict, code, _) = store::verify(&base, &[]).unwrap();
     assert_eq!((verdict.as_str(), code), ("self-consistent", 0));
     captured::fetch(&base, &folder.path().join("fetched"), &[]).unwrap();
-    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), read / 4096).unwrap();
+    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), read / 4096, 0).unwrap();
 }
 
 #[test]
