@@ -3,13 +3,11 @@
 
 mod bucket;
 mod directory;
-mod hardening;
 
 use crate::command::At;
 use anyhow::{Result, anyhow, bail};
 use bucket::Bucket;
 use directory::Directory;
-pub use hardening::{Check, Health, hardening};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::sync::Arc;

@@ -1,6 +1,7 @@
 //! The other ways to memory: LiME, an image that somebody else took, one process; and what happens when memory cannot be had, or the
 //! agent does not live to the end.
 
+use anyhow::Result;
 use serde_json::Value;
 use std::{
     fs::{self, File},
@@ -26,7 +27,7 @@ fn lime() -> (PathBuf, String) {
 }
 
 #[test]
-fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_module() {
+fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_module() -> Result<()> {
     let (module, sha256) = lime();
     let (agent, lab) = (programs::static_agent().unwrap(), programs::static_lab().unwrap());
     let machine = Machine {
@@ -75,7 +76,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
         ran.console
     );
     let captured = Captured::from(&ran).unwrap();
-    captured::every_identity_is_there(&captured.image(), 232 << 8, captured::COPIES_BY_LIME).unwrap();
+    captured::every_identity_is_there(&captured.image(), 232 << 8, captured::COPIES)?;
     let records = store::records(&captured.base, "memory").unwrap();
     assert!(
         records
@@ -96,6 +97,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
     // The same kernel as the others', so the same table.
     assert!(captured::symbols(&["--image", text(&captured.image())]).unwrap() == avml().isf);
     assert_marker_in_pslist(&captured.fetched, "image.lime");
+    Ok(())
 }
 
 #[test]
@@ -272,7 +274,7 @@ fn capture(base: &Path, more: &[&str]) -> Option<i32> {
 }
 
 #[test]
-fn an_image_that_was_cut_off_is_taken_as_far_as_it_goes() {
+fn an_image_that_was_cut_off_is_taken_as_far_as_it_goes() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("cut.lime");
     let mut bytes = stillframe_evidence::image::lime::header(0x1000, 0x20_0fff).to_vec();
@@ -284,16 +286,17 @@ fn an_image_that_was_cut_off_is_taken_as_far_as_it_goes() {
     assert_eq!(outcome["status"], "partial", "{outcome}");
     assert!(outcome["problems"].to_string().contains("cut off"), "{outcome}");
     captured::fetch(&base, &folder.path().join("fetched"), &[]).unwrap();
-    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), 100, 0).unwrap();
+    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), 100, 0)?;
     fs::write(&image, b"").unwrap();
     let base = folder.path().join("empty");
     assert_eq!(capture(&base, &["--image", text(&image)]), Some(5));
     assert_eq!(store::outcome(&base, "memory").unwrap()["status"], "failed");
+    Ok(())
 }
 
 /// The host's own work is worth more than the rest of its image: what came until then is whole, and what is missing is told.
 #[test]
-fn a_host_that_is_short_of_memory_is_let_go() {
+fn a_host_that_is_short_of_memory_is_let_go() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image.raw");
     let mut file = File::create(&image).unwrap();
@@ -327,7 +330,7 @@ fn a_host_that_is_short_of_memory_is_let_go() {
     let (verdict, code, _) = store::verify(&base, &[]).unwrap();
     assert_eq!((verdict.as_str(), code), ("self-consistent", 0));
     captured::fetch(&base, &folder.path().join("fetched"), &[]).unwrap();
-    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), read / 4096, 0).unwrap();
+    captured::every_identity_is_there(&folder.path().join("fetched/image.lime"), read / 4096, 0)
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! From an order to a verified capture: the unmodified programs through the unmodified SDK, Systems Manager as the only way in, S3 as the only way out.
 
+use anyhow::Result;
 use memchr::memmem::Finder;
 use serde_json::{Value, json};
 use std::{
@@ -153,7 +154,7 @@ fn an_order_becomes_a_verified_capture() {
 
 /// A host whose own role has no right writes with a session that is lent to it, renewed while it works, and good for this capture alone.
 #[test]
-fn credentials_are_lent_for_one_capture() {
+fn credentials_are_lent_for_one_capture() -> Result<()> {
     let _alone = alone();
     let cloud = cloud();
     let (agent, url) = (agent(), cloud.gate.url());
@@ -164,20 +165,29 @@ fn credentials_are_lent_for_one_capture() {
         tags: BTreeMap::new(),
         fate: Fate::Executes(vec![("AWS_EC2_METADATA_DISABLED".to_owned(), "true".to_owned())]),
     });
-    let mut arguments = order(
-        &agent,
-        &url,
-        &[
+    let lending = |role| {
+        let more = [
             "--credentials",
             "session",
             "--session-role",
-            SESSION_ROLE,
+            role,
             "--order-bucket",
             ORDERS,
             "--watch",
-        ],
+        ];
+        let mut arguments = order(&agent, &url, &more);
+        arguments[2] = "i-0bare";
+        arguments
+    };
+    // Another role is not the responder's to lend, and nothing is sent then.
+    let refused = cloud.controller(&lending("arn:aws:iam::123456789012:role/other"))?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(
+        said.contains("AccessDenied") && said.contains("role/other"),
+        "{said}"
     );
-    arguments[2] = "i-0bare";
+    let arguments = lending(SESSION_ROLE);
     // Shorter than the capture: without new ones it could not end.
     cloud.gate.principals.shorten_sessions(40);
     cloud.gate.faults.hold("AROALABlent:i-0bare", 3);
@@ -278,6 +288,7 @@ fn credentials_are_lent_for_one_capture() {
         assert!(body.contains("AccessDenied"), "{method} {path}: {body}");
     }
     assert_eq!(ask("GET", &order_key, false).0, 404, "its own order it may read");
+    Ok(())
 }
 
 /// What the responder reads of S3.

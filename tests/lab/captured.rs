@@ -215,10 +215,8 @@ pub fn guest_image(to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies that the kernel makes while `/proc/kcore` is read: a page for each open file.
-pub const COPIES_BY_KCORE: u32 = 16;
-/// And where LiME sends them: what waits in its socket lies in pieces of eight pages, some of which begin where a page does. The agent's own smallest buffer would be 64 more.
-pub const COPIES_BY_LIME: u32 = 63;
+/// The kernel's own copies: one page for each open /proc/kcore, and what waits in a socket.
+pub const COPIES: u32 = 16;
 
 /// An image of 1 GiB so many times over, at addresses of its own each time.
 pub fn repeat(image: &Path, times: u64, to: &Path) -> Result<()> {

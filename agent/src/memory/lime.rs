@@ -3,7 +3,8 @@
 //! guardian, which also removes it when this process dies.
 //!
 //! Two things that LiME does unless told not to: it gives up a page that nobody reads for a second and writes zeros from there
-//! on (`timeout=0`), and it listens on every address (`localhostonly=1`).
+//! on (`timeout=0`), and it listens on every address (`localhostonly=1`). What it writes waits in a socket, which is kept small: its buffers are memory of
+//! this host, too.
 
 use super::{Cutter, Held, PAGE, Share, Source};
 use crate::collect::describe;
@@ -241,7 +242,7 @@ impl Lime {
         let until = Instant::now() + TO_LISTEN;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let socket = loop {
-            match TcpStream::connect_timeout(&address, Duration::from_secs(1)) {
+            match crate::sys::connect_to_module(address) {
                 Ok(socket) => break socket,
                 Err(_) if Instant::now() < until && guardian.child.try_wait().is_ok_and(|s| s.is_none()) => {
                     std::thread::sleep(Duration::from_millis(20));

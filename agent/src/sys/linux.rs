@@ -24,7 +24,9 @@ mod sockets;
 
 pub use clock::clock;
 pub use host::identity;
-pub use kernel_module::{interrupt, load as load_module, remove as remove_module, stand_alone, this_thread};
+pub use kernel_module::{
+    connect_to_module, interrupt, load as load_module, remove as remove_module, stand_alone, this_thread,
+};
 pub use look::Look;
 pub use pages::{KeyPages, LockedBuffer, Vault, read_at};
 

@@ -219,7 +219,8 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let id = CaptureId::mint();
         let store = Directory::create(&base.path().join("new"), &Writer::local(), id).unwrap();
-        store.put(&key(b"x"), &mut b"x".to_vec()).unwrap();
+        let put = store.put(&key(b"x"), &mut b"x".to_vec());
+        assert!(put.is_ok(), "{put:?}");
         let again = store.put(&key(b"x"), &mut b"y".to_vec()).unwrap_err().error;
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
         let file = base
@@ -250,7 +251,8 @@ mod tests {
                     for _ in 0..50 {
                         let store =
                             Directory::create(base.path(), &Writer::local(), CaptureId::mint()).unwrap();
-                        store.put(&key(b"x"), &mut b"x".to_vec()).unwrap();
+                        let put = store.put(&key(b"x"), &mut b"x".to_vec());
+                        assert!(put.is_ok(), "{put:?}");
                         store.finish().unwrap();
                     }
                 });

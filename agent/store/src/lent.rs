@@ -205,34 +205,25 @@ impl ProvideCredentials for Lent {
         future::ProvideCredentials::new(async {
             let now = Timestamp::now();
             let mut order = self.current();
+            let mut why = "not just now".to_owned();
             if now >= order.due() && self.may_ask() {
                 let renewed = tokio::time::timeout(PATIENCE, self.renew(&order)).await;
-                match renewed.unwrap_or_else(|_| Err("the order was not read again in time".to_owned())) {
+                match renewed.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
                     Ok(newer) if newer.expires > order.expires => {
                         *self.order.lock().unwrap_or_else(PoisonError::into_inner) = newer.clone();
                         order = newer;
                     }
-                    Ok(_) | Err(_) if now < order.expires => (),
-                    Ok(_) => {
-                        return Err(CredentialsError::provider_error(
-                            "they were lent until now, and not renewed",
-                        ));
-                    }
-                    Err(why) => return Err(CredentialsError::provider_error(why)),
+                    Ok(_) => why = "nobody renewed them".to_owned(),
+                    // What there is may be good for a while.
+                    Err(error) => why = error,
                 }
             }
             if now >= order.expires {
-                let why = "they were lent until now, and not renewed";
+                let why = format!("what was lent has ended; the order was read again: {why}");
                 return Err(CredentialsError::provider_error(why));
             }
-            let again = now
-                .saturating_add(SignedDuration::from_secs(2))
-                .unwrap_or(order.expires);
-            let until = if now < order.due() {
-                order.due()
-            } else {
-                again.min(order.expires)
-            };
+            // From when they are due nobody keeps them: they are asked for at every turn, and may be others then.
+            let until = if now < order.due() { order.due() } else { now };
             Ok(order.credentials(until))
         })
     }

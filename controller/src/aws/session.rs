@@ -156,14 +156,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_session_may_write_one_capture_and_read_one_order() {
+    fn a_session_may_write_one_capture_and_read_one_order() -> Result<()> {
         let session = Session {
             role: "arn:aws:iam::1:role/lent".to_owned(),
             bucket: "orders-bucket".to_owned(),
             seconds: 3600,
         };
         let capture = CaptureId::mint();
-        let policy = policy("s3://evidence-bucket/team", &session, capture, "i-1").unwrap();
+        let policy = policy("s3://evidence-bucket/team", &session, capture, "i-1")?;
         assert!(policy.contains(&format!(
             "arn:aws:s3:::evidence-bucket/team/evidence/${{aws:userid}}/{capture}/*"
         )));
@@ -179,5 +179,6 @@ mod tests {
         }
         // What STS takes of a session policy.
         assert!(policy.len() < 2048);
+        Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! `doctor`: what of an order would fail, and why, before one is given. It asks, and changes nothing. What a host's role may do it cannot know: no API that the
 //! programs use says it, and the host's first object shows it.
 
+mod bucket;
+
 use super::{At, capture::beside, whom::Whom};
 use crate::{
     aws::{caller, ssm::Ssm},
-    stored::{Check, Health, hardening},
     ui::Ui,
 };
 use anyhow::{Context as _, Result, bail};
@@ -25,6 +26,42 @@ pub struct Args {
     document: Vec<String>,
 }
 
+/// How a thing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// As it must be.
+    Good,
+    /// Nobody knows from here.
+    Unseen,
+    /// Something will be less than it could be.
+    Weak,
+    /// An order would fail.
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    /// What.
+    pub what: String,
+    /// How it is.
+    pub health: Health,
+    /// What was seen, and what to do.
+    pub about: String,
+}
+
+impl Check {
+    /// That something is so.
+    pub fn new(what: impl Into<String>, health: Health, about: impl Into<String>) -> Self {
+        Check {
+            what: what.into(),
+            health,
+            about: about.into(),
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Report {
     health: Health,
@@ -40,7 +77,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         Ok(arn) => Check::new("credentials", Health::Good, arn),
         Err(error) => Check::new("credentials", Health::Bad, format!("{error:#}")),
     }];
-    checks.extend(hardening(store, &reach)?);
+    checks.extend(bucket::checks(store, &reach)?);
     let ssm = Ssm::open(&reach)?;
     for name in &args.document {
         let what = format!("document {name}");

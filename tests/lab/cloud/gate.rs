@@ -336,7 +336,11 @@ impl Inside {
             .get(&arn)
             .cloned();
         let (Ok(()), Some(policies)) = (allowed, policies) else {
-            return Ok(xml_error(403, "AccessDenied", "may not assume the role"));
+            let body = format!(
+                "<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code><Message>{} may not assume {arn}</Message></Error></ErrorResponse>",
+                principal.arn
+            );
+            return Ok(Response::new(403, "text/xml", body));
         };
         let session = match field("Policy") {
             text if text.is_empty() => None,

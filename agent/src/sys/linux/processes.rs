@@ -18,9 +18,6 @@ use stillframe_evidence::{
 
 const PF_KTHREAD: u64 = 0x0020_0000;
 const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
-/// Of a thread of the kernel: it is in the first namespaces but, maybe, for its mounts (drivers/base/devtmpfs.c unshares them). What is looked up in
-/// procfs stays in the kernel's memory, a kilobyte each, and may take the place of evidence.
-const NAMESPACES_OF_THE_KERNEL: [&str; 2] = ["mnt", "net"];
 
 /// Every process in the order of its id.
 pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
@@ -116,11 +113,7 @@ fn read(
         c.memory.look.unread_namespace(pid, error);
     }
     if let Some(folder) = errors.keep("namespaces", "ns", folder) {
-        let kinds = match process.kernel_thread {
-            true => &NAMESPACES_OF_THE_KERNEL[..],
-            false => &NAMESPACES[..],
-        };
-        for kind in kinds.iter().copied() {
+        for kind in NAMESPACES {
             let link = folder.link(kind);
             let link = match link {
                 Ok(link) => Some(link),

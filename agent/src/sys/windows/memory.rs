@@ -118,6 +118,11 @@ pub fn load_module(_file: &File, _parameters: &str) -> io::Result<()> {
 }
 
 /// See above.
+pub fn connect_to_module(_address: std::net::SocketAddr) -> io::Result<std::net::TcpStream> {
+    unsupported()
+}
+
+/// See above.
 pub fn remove_module(_name: &str) -> io::Result<()> {
     unsupported()
 }

@@ -141,8 +141,9 @@ impl Estimate {
     fn of(profile: &str, memory_gib: u64) -> Self {
         let memory = if profile == "triage" { 0 } else { memory_gib << 30 };
         let bytes = memory / 2 + (4 << 20);
-        // As the agent cuts segments (`Sizes::of`).
-        let objects = 40 + memory / (memory >> 10).clamp(1 << 20, 16 << 20).max(4 << 20);
+        // As the agent cuts memory (`Sizes::of`): small pieces on a small host, and no more of them than a manifest can name.
+        let least = if memory_gib < 3 { 1 << 20 } else { 4 << 20 };
+        let objects = 40 + memory / (memory >> 16).clamp(least, 16 << 20);
         Estimate {
             bytes,
             seconds: 10 + bytes / (50 << 20),
@@ -424,10 +425,10 @@ mod tests {
         let large = Estimate::of("full", 64);
         assert!((32 << 30..33 << 30).contains(&large.bytes), "{large:?}");
         assert!(
-            (600..800).contains(&large.seconds) && large.objects == 4136,
+            (600..800).contains(&large.seconds) && large.objects == 40 + (16 << 10),
             "{large:?}"
         );
-        assert!((0.7..0.8).contains(&large.dollars), "{large:?}");
-        assert_eq!(Estimate::of("memory", 1).objects, 296);
+        assert!((0.8..0.85).contains(&large.dollars), "{large:?}");
+        assert_eq!(Estimate::of("memory", 1).objects, 40 + 1024);
     }
 }

@@ -1,12 +1,12 @@
 //! Whether a bucket keeps evidence as it must be kept: versions, Object Lock, the project's policy. It asks, and changes nothing.
 
+use super::{Check, Health};
 use crate::aws::{connect, said};
 use anyhow::{Context as _, Result, anyhow};
 use aws_sdk_s3::{
     Client,
     types::{BucketVersioningStatus, ObjectLockEnabled, ObjectLockRetentionMode},
 };
-use serde::Serialize;
 use serde_json::Value;
 use stillframe_store::{
     aws::Reach,
@@ -14,47 +14,11 @@ use stillframe_store::{
 };
 
 /// The policy that the bucket must have.
-const POLICY: &str = include_str!("../../../ssm-documents/policies/evidence-bucket.json");
+const POLICY: &str = include_str!("../../../../ssm-documents/policies/evidence-bucket.json");
 const ATTEMPTS: u32 = 4;
 
-/// How a thing is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Health {
-    /// As it must be.
-    Good,
-    /// Nobody knows from here.
-    Unseen,
-    /// Something will be less than it could be.
-    Weak,
-    /// An order would fail.
-    Bad,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Serialize)]
-pub struct Check {
-    /// What.
-    pub what: String,
-    /// How it is.
-    pub health: Health,
-    /// What was seen, and what to do.
-    pub about: String,
-}
-
-impl Check {
-    /// That something is so.
-    pub fn new(what: impl Into<String>, health: Health, about: impl Into<String>) -> Self {
-        Check {
-            what: what.into(),
-            health,
-            about: about.into(),
-        }
-    }
-}
-
 /// What is to be said of the bucket of `s3://bucket/prefix`.
-pub fn hardening(target: &str, reach: &Reach) -> Result<Vec<Check>> {
+pub fn checks(target: &str, reach: &Reach) -> Result<Vec<Check>> {
     let (bucket, prefix) = address(target).map_err(|why| anyhow!(why))?;
     let (runtime, config) = connect(reach, ATTEMPTS).with_context(|| format!("--store {target}"))?;
     let client = Client::new(&config);
@@ -183,21 +147,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_policy_that_lacks_a_statement_is_told() {
+    fn a_policy_that_lacks_a_statement_is_told() -> Result<()> {
+        let nothing: [String; 0] = [];
         let whole = POLICY.replace("EVIDENCE_BUCKET", "b");
-        assert!(missing(&whole, "b", "").unwrap().is_empty());
+        assert_eq!(missing(&whole, "b", "")?, nothing);
         // Of a store below a prefix it would refuse every put.
         let names = ["EvidenceIsWrittenOnce", "EvidenceIsWrittenUnderOnesOwnName"];
-        assert_eq!(missing(&whole, "b", "team").unwrap(), names);
+        assert_eq!(missing(&whole, "b", "team")?, names);
         let moved = whole
             .replace("b/evidence/", "b/team/evidence/")
             .replace("b/cases/", "b/team/cases/");
-        assert!(missing(&moved, "b", "team").unwrap().is_empty());
-        let mut less: Value = serde_json::from_str(&whole).unwrap();
-        less["Statement"].as_array_mut().unwrap().remove(1);
+        assert_eq!(missing(&moved, "b", "team")?, nothing);
+        let mut less: Value = serde_json::from_str(&whole)?;
         less["Statement"][0]["Effect"] = "Allow".into();
-        let missing = missing(&less.to_string(), "b", "").unwrap();
-        assert_eq!(missing, ["TlsOnly", "EvidenceIsWrittenOnce"]);
-        assert!(super::missing("x", "b", "").is_err());
+        less["Statement"][1] = Value::Null;
+        assert_eq!(
+            missing(&less.to_string(), "b", "")?,
+            ["TlsOnly", "EvidenceIsWrittenOnce"]
+        );
+        assert!(missing("x", "b", "").is_err());
+        Ok(())
     }
 }
