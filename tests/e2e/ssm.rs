@@ -238,6 +238,10 @@ fn credentials_are_lent_for_one_capture() -> Result<()> {
         );
         std::thread::sleep(Duration::from_millis(100));
     }
+    // What comes from here on is signed with the new ones, or refused.
+    while first.expires > Some(jiff::Timestamp::now()) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
     cloud.gate.faults.release();
     let output = watch.wait_with_output().unwrap();
     cloud.gate.principals.shorten_sessions(0);
