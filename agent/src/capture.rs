@@ -481,6 +481,10 @@ impl Session<'_> {
         let cost = supervise(
             &request.root,
             request.cpus,
+            request
+                .steps
+                .iter()
+                .any(|step| matches!(step.action, Action::Memory)),
             tasks,
             cancel,
             &mut known,

@@ -218,6 +218,7 @@ fn cpus() -> u8 {
 
 /// Exit codes: 0 done and complete, 1 no manifest, 2 wrong use, 5 done and partly complete.
 pub fn run() -> ExitCode {
+    crate::sys::spare_memory();
     // Without the parser of the command line, which takes 300 KiB.
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().is_some_and(|verb| verb == "worker") && arguments.next().is_none() {

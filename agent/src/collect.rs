@@ -386,6 +386,9 @@ impl Usage {
 /// The worker's whole life: reads its job from `input`, runs its steps, writes messages to `output`.
 pub fn work(input: impl io::Read, output: Box<dyn Write + Send>) -> io::Result<()> {
     let job: Job = serde_json::from_reader(input).map_err(io::Error::other)?;
+    if job.sparing {
+        crate::sys::read_by_own_instance();
+    }
     let pipe: Pipe = Mutex::new(output);
     let mut memory = Memory {
         seen: job.seen.iter().copied().collect(),

@@ -1,10 +1,8 @@
 //! `stillframe-agent`: see the library of this package.
 
-/// The allocator of musl takes one lock for every thread and gives memory back at every turn: a triage takes half as long
-/// again with it.
-#[cfg(target_env = "musl")]
+#[cfg(target_os = "linux")]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: stillframe_agent::sys::allocator::Allocator = stillframe_agent::sys::allocator::Allocator;
 
 fn main() -> std::process::ExitCode {
     stillframe_agent::cli::run()

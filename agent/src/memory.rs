@@ -140,7 +140,7 @@ impl Sizes {
         let most = (BUFFERS / buffers).max(total >> 16).clamp(1 << 20, 16 << 20);
         Sizes {
             // What is read, hashed and compressed one after the other stays in a core's own cache.
-            frame: if small { 128 << 10 } else { 256 << 10 },
+            frame: if small { 64 << 10 } else { 256 << 10 },
             segment: 1 << (total >> 10).max(least).min(most).ilog2(),
             level: if small { 1 } else { 5 },
             places: if small { 15 } else { 16 },

@@ -43,6 +43,8 @@ pub struct Job {
     pub steps: Vec<(u64, String)>,
     /// Threads for the kinds that can use them.
     pub lanes: u8,
+    /// As little as can be is to stay behind in the kernel's memory, which is captured next.
+    pub sparing: bool,
     /// Where to take up the first of them, lane by lane.
     pub resume: Vec<Resume>,
     /// Mounts that a worker hung on.
@@ -494,6 +496,7 @@ enum Turn {
 pub fn supervise<E>(
     root: &std::path::Path,
     lanes: u8,
+    sparing: bool,
     tasks: &[Task],
     cancel: &Cancel,
     known: &mut Known,
@@ -522,6 +525,7 @@ pub fn supervise<E>(
                 let job = Job {
                     root: root.to_owned(),
                     steps,
+                    sparing,
                     lanes,
                     resume: progress.lanes.iter().map(|lane| lane.resume.clone()).collect(),
                     avoid_mounts: avoided.mounts.clone(),

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 use stillframe_tests::{
-    captured::{self, CAPTURE, FILL, MARKERS},
+    captured::{self, FILL, MARKERS},
     cost::{Cost, median, run},
     guest::{Guest, Machine},
     programs, store,
@@ -178,22 +178,34 @@ fn large(image: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// To the disk, past the page cache, with no more around it than it takes: what shells and large buffers change is not what is measured.
+const OUT: &str = "dd of=\"$1\" bs=16k iflag=fullblock oflag=direct conv=sync 2> /dev/null";
+
 /// What a capture that streams out changes of a full guest's memory, beside the same guest left alone for as long, and AVML.
 fn footprint() -> Result<()> {
     println!("a guest of 1 GiB, 600 MiB filled, streaming out");
     let watch = "(while sleep 0.2; do for p in $(pidof stillframe-agent); do grep -E 'RssAnon|VmHWM' /proc/$p/status; done; done) > /run/watched 2>/dev/null &\nwatch=$!\n";
     let told = "kill $watch; echo \"PEAK $(grep RssAnon /run/watched | awk '{print $2}' | sort -n | tail -1) KiB anonymous, $(grep VmHWM /run/watched | awk '{print $2}' | sort -n | tail -1) KiB in all\"\n";
-    let (ours, took, _) = changed(CAPTURE)?;
+    let capture = format!(
+        "/stillframe-agent capture --case guest --profile memory --store - 2> /dev/console | {OUT}\n"
+    );
+    let (ours, took, console) = changed(&capture)?;
+    ensure!(
+        console
+            .lines()
+            .any(|line| line.starts_with("  memory           complete")),
+        "{console}"
+    );
     // Watching costs pages, too: a guest of its own.
-    let (.., console) = changed(&format!("{watch}{CAPTURE}{told}"))?;
+    let (.., console) = changed(&format!("{watch}{capture}{told}"))?;
     let peak = console
         .lines()
         .find_map(|line| line.strip_prefix("PEAK "))
         .unwrap_or("unknown")
         .to_owned();
     let (idle, ..) = changed(&format!("sleep {}\n", took.as_secs()))?;
-    let avml = "mkfifo /run/pipe; dd if=/run/pipe of=\"$1\" bs=256k iflag=fullblock oflag=direct conv=sync 2>/dev/null & /avml acquire /run/pipe; wait $!\n";
-    let (theirs, avml_took, _) = changed(avml)?;
+    let avml = format!("mkfifo /run/pipe; {OUT} < /run/pipe & /avml acquire /run/pipe; wait $!\n");
+    let (theirs, avml_took, _) = changed(&avml)?;
     println!(
         "  stillframe-agent   {ours:.2} % of its pages changed, {:3.0} s, {peak}",
         took.as_secs_f64()

@@ -60,6 +60,12 @@ pub fn is_root(root: &std::path::Path) -> bool {
     root == std::path::Path::new("/")
 }
 
+/// Windows has no procfs.
+pub fn read_by_own_instance() {}
+
+/// Windows takes single pages unless it is asked for large ones.
+pub fn spare_memory() {}
+
 /// The running program.
 pub fn own_program() -> io::Result<PathBuf> {
     std::env::current_exe()

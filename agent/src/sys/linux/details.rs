@@ -409,6 +409,7 @@ mod tests {
             root: root.path().to_owned(),
             steps: vec![(0, "process-details".to_owned())],
             lanes: 2,
+            sparing: false,
             resume: vec![Resume::default(), Resume::default()],
             avoid_mounts: BTreeSet::new(),
             hung: BTreeSet::new(),

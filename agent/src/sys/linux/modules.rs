@@ -3,7 +3,12 @@
 use super::proc::{self, fields, hex, lines, number};
 use crate::collect::{Collection, Errors, Unsupported};
 use jiff::Timestamp;
-use std::{collections::BTreeMap, io, os::unix::ffi::OsStrExt as _, path::Path};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::unix::{ffi::OsStringExt as _, fs::DirEntryExt as _},
+    path::Path,
+};
 use stillframe_evidence::{
     records::{Data, modules::Module},
     text::Text,
@@ -38,14 +43,19 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         Err(error) => c.unread("modules", source, &error),
     }
     let sysfs = c.path("sys/module");
-    match std::fs::read_dir(&sysfs) {
-        // Code that is built in has a folder here too, but nothing that can be in a state.
-        Ok(entries) => {
+    match list(&sysfs) {
+        Ok(mut folders) => {
             sysfs_read = true;
-            for entry in entries.flatten().filter(|e| e.path().join("initstate").exists()) {
-                let name = entry.file_name();
-                let module = found.entry(name.as_bytes().to_vec()).or_insert_with(|| Module {
-                    name: Text::from(name.as_bytes()),
+            if inodes_only_rise() {
+                folders = without_built_in(folders, |name| found.contains_key(name));
+            }
+            for (_, name) in folders {
+                // Code that is built in has a folder here too, but nothing that can be in a state.
+                if !sysfs.join(super::os(&name)).join("initstate").exists() {
+                    continue;
+                }
+                let module = found.entry(name).or_insert_with_key(|name| Module {
+                    name: Text::from(&**name),
                     ..Module::default()
                 });
                 module.seen_in.push("sysfs".to_owned());
@@ -84,6 +94,45 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
         ));
     }
     Ok(())
+}
+
+/// Inodes and names in a folder, by inode. Listing sysfs leaves nothing behind in the kernel; looking at a name does.
+fn list(folder: &Path) -> io::Result<Vec<(u64, Vec<u8>)>> {
+    let mut found: Vec<(u64, Vec<u8>)> = std::fs::read_dir(folder)?
+        .flatten()
+        .map(|entry| (entry.ino(), entry.file_name().into_vec()))
+        .collect();
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Nodes of sysfs that one folder of built-in code may have: a node for each parameter, and some; 435 were seen.
+const NODES: u64 = 1024;
+
+/// Leaves out what is surely built in, some hundred folders: looking into each would change one page after another of the kernel's
+/// tables of names and inodes, which are evidence as well. `kernel/params.c` makes all of them in one go, before the kernel begins
+/// to load modules, and inodes of sysfs only rise: so they are the first ones, up to the first that is loaded or that is
+/// not next to the one before. Whoever hides a module would have to load it before any that is seen, and before anything else is
+/// made in sysfs: while the kernel is not through with its own start.
+fn without_built_in(mut folders: Vec<(u64, Vec<u8>)>, loaded: impl Fn(&[u8]) -> bool) -> Vec<(u64, Vec<u8>)> {
+    let mut before = None;
+    let beyond = folders.iter().position(|(inode, name)| {
+        let next_to = before.is_none_or(|before| inode - before <= NODES);
+        before = Some(*inode);
+        loaded(name) || !next_to
+    });
+    folders.split_off(beyond.unwrap_or(folders.len()))
+}
+
+/// Whether an inode of sysfs is never used twice (`fs/kernfs/dir.c`: since Linux 5.5, of 64 bits).
+fn inodes_only_rise() -> bool {
+    let release = proc::read_line(Path::new("/proc/sys/kernel/osrelease"));
+    let newest = |release: Text| {
+        let mut parts = release.as_bytes().split(|b| !b.is_ascii_digit());
+        let (major, minor): (u32, u32) = (number(parts.next()?)?, number(parts.next()?)?);
+        Some((major, minor) >= (5, 5))
+    };
+    cfg!(target_pointer_width = "64") && release.ok().and_then(newest) == Some(true)
 }
 
 fn read_sysfs(folder: &Path, module: &mut Module, errors: &mut Errors) {
@@ -130,6 +179,35 @@ fn parse(line: &[u8]) -> Option<Module> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn built_in_code_is_what_comes_first() {
+        let folders = |list: &[(u64, &str)]| -> Vec<(u64, Vec<u8>)> {
+            list.iter()
+                .map(|(inode, name)| (*inode, name.as_bytes().to_vec()))
+                .collect()
+        };
+        let start = [(1000, "printk"), (1020, "vt"), (1200, "zswap")];
+        let names = |more: &[(u64, &str)], loaded: &[&str]| -> Vec<String> {
+            let all = folders(&[&start[..], more].concat());
+            let rest = without_built_in(all, |name| loaded.iter().any(|l| l.as_bytes() == name));
+            rest.into_iter()
+                .map(|(_, name)| String::from_utf8(name).unwrap())
+                .collect()
+        };
+        assert!(names(&[], &[]).is_empty());
+        // One that hides, whether loaded long after the start or beside others that do not.
+        assert_eq!(names(&[(9000, "rootkit")], &[]), ["rootkit"]);
+        assert_eq!(
+            names(&[(1210, "virtio"), (1215, "rootkit")], &["virtio"]),
+            ["virtio", "rootkit"]
+        );
+        assert_eq!(
+            names(&[(9000, "pcieport"), (9001, "rootkit")], &[]),
+            ["pcieport", "rootkit"]
+        );
+        assert_eq!(names(&[], &["printk"]), ["printk", "vt", "zswap"]);
+    }
 
     #[test]
     fn a_line_of_proc_modules() {

@@ -6,13 +6,62 @@ use std::{
     fs::File,
     io::{self, Read as _},
     mem::MaybeUninit,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
+    sync::OnceLock,
 };
 use stillframe_evidence::text::Text;
 
 /// Bound for files of procfs and sysfs, in bytes. The longest in practice are maps and socket tables.
 pub const MAX_PROC: usize = 64 << 20;
+
+/// An instance of procfs that belongs to this process alone.
+static OWN: OnceLock<Option<OwnedFd>> = OnceLock::new();
+
+/// Reads what lies below `/proc` through an instance of procfs of this process's own from here on, if it has the right to
+/// (`CAP_SYS_ADMIN`, and Linux 5.8: before, every mount in a namespace is one instance).
+///
+/// Nothing is mounted anywhere: the instance hangs on a descriptor. What the kernel keeps of each name that is looked up, some
+/// kilobytes a process and a place in one page after another of its table of names, goes with it, instead of staying behind in
+/// memory that is evidence. And no mount over `/proc/PID` hides that process in it. It costs time: what other
+/// programs have looked up is not there, either.
+pub fn read_by_own_instance() {
+    OWN.get_or_init(own);
+}
+
+/// True when it does.
+pub fn reads_by_own_instance() -> bool {
+    OWN.get().is_some_and(Option::is_some)
+}
+
+/// Where a path is looked up. Below `self` that is always `/proc`: it depends on who asks.
+fn place(path: &Path) -> (BorrowedFd<'static>, &Path) {
+    let own = OWN.get().and_then(Option::as_ref);
+    match own.zip(path.strip_prefix("/proc").ok()) {
+        Some((own, inside)) if inside.as_os_str().is_empty() => (own.as_fd(), Path::new(".")),
+        Some((own, inside)) if !inside.starts_with("self") && !inside.starts_with("thread-self") => {
+            (own.as_fd(), inside)
+        }
+        _ => (CWD, path),
+    }
+}
+
+fn own() -> Option<OwnedFd> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+    // Where /proc is that of another process id namespace (a container that was given the host's), ours would show less.
+    let shown = readlinkat_raw(CWD, "/proc/self", &mut [MaybeUninit::uninit(); 16])
+        .map(|(pid, _)| number(pid) == Some(std::process::id()));
+    if shown == Ok(false) {
+        return None;
+    }
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC).ok()?;
+    fsconfig_create(&context).ok()?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).ok()
+}
 
 /// A folder of procfs, such as that of one process. While it is open its process id cannot come to mean another process.
 pub struct ProcDir(OwnedFd);
@@ -21,7 +70,8 @@ impl ProcDir {
     /// Opens it.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(ProcDir(openat(CWD, path, flags, Mode::empty())?))
+        let (base, path) = place(path);
+        Ok(ProcDir(openat(base, path, flags, Mode::empty())?))
     }
 
     /// The content of a file in it.
@@ -91,7 +141,8 @@ fn drain(fd: OwnedFd, max: usize) -> io::Result<Vec<u8>> {
 /// A file of procfs or sysfs.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    drain(openat(CWD, path, flags, Mode::empty())?, MAX_PROC)
+    let (base, path) = place(path);
+    drain(openat(base, path, flags, Mode::empty())?, MAX_PROC)
 }
 
 /// A one-line file, without its line feed.

@@ -3,7 +3,7 @@
 
 use super::{
     clock,
-    proc::{ProcDir, bracketed, fields, hex, lines, number, strings},
+    proc::{self, ProcDir, bracketed, fields, hex, lines, number, strings},
 };
 use crate::collect::{Avoided, Collection, Errors, Unsupported, is_gone};
 use jiff::{SignedDuration, Timestamp};
@@ -51,6 +51,9 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     }
     c.memory.look.whole = total.whole;
     c.note(format!("{} of the kernel", total.kernel_threads));
+    if proc::reads_by_own_instance() {
+        c.note("read by a procfs of the agent's own".to_owned());
+    }
     if total.vanished > 0 {
         c.note(format!("{} ended while they were read", total.vanished));
     }
