@@ -1,6 +1,6 @@
 //! `stillframe-agent`: see the library of this package.
 
-#[cfg(target_os = "linux")]
+#[cfg(target_env = "musl")]
 #[global_allocator]
 static ALLOCATOR: stillframe_agent::sys::allocator::Allocator = stillframe_agent::sys::allocator::Allocator;
 

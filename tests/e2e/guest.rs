@@ -105,6 +105,52 @@ fn nothing_is_executed_on_the_host() {
     assert!(notes.contains("sock_diag not asked"), "{notes}");
 }
 
+/// With nothing in `/proc/modules` every module is in sysfs alone, and code that is built in is still none.
+#[test]
+fn modules_that_procfs_does_not_show() {
+    let script = r#"
+echo "LOADED $(cut -d' ' -f1 /proc/modules | sort | tr '\n' ' ')"
+: > /tmp/nothing
+mount --bind /tmp/nothing /proc/modules
+/stillframe-agent capture --case guest --store - > "$1" 2> /tmp/said
+"#;
+    let agent = programs::static_agent().unwrap();
+    let ran = guest::run(script, &[("stillframe-agent", &agent)], &["loop", "dummy"]).unwrap();
+    let base = tempfile::tempdir().unwrap();
+    let received = Command::new(programs::controller().unwrap())
+        .args(["receive", "--store"])
+        .arg(base.path())
+        .stdin(File::open(&ran.disk).unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(received.status.code(), Some(0), "{received:?}\n{}", ran.console);
+    let loaded = ran
+        .console
+        .lines()
+        .find_map(|line| line.strip_prefix("LOADED "))
+        .unwrap();
+    let loaded: Vec<&str> = loaded.split_whitespace().collect();
+    assert!(
+        loaded.contains(&"loop") && loaded.contains(&"dummy"),
+        "{loaded:?}"
+    );
+    let records = store::records(base.path(), "modules").unwrap();
+    let mut found: Vec<&str> = records
+        .iter()
+        .map(|record| {
+            assert_eq!(record["seen_in"], serde_json::json!(["sysfs"]), "{record}");
+            record["name"].as_str().unwrap()
+        })
+        .collect();
+    found.sort_unstable();
+    assert_eq!(found, loaded);
+    let notes = store::outcome(base.path(), "modules").unwrap()["notes"].to_string();
+    assert!(
+        notes.contains(&format!("{} in only one of procfs and sysfs", loaded.len())),
+        "{notes}"
+    );
+}
+
 #[test]
 fn the_modules_are_those_of_the_kernel() {
     let console = &guest().console;

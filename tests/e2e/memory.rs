@@ -489,9 +489,39 @@ fn sha256(path: &Path) -> String {
         .to_owned()
 }
 
+/// A process over whose folder something is mounted, which hides it from whoever reads `/proc`.
+const HIDDEN: &str = "mkdir /tmp/none; sleep 4321 & mount --bind /tmp/none /proc/$!\n[ -e /proc/$!/stat ] || echo \"HIDDEN $!\"\n";
+
 #[test]
-fn five_levels_of_page_tables_and_hidden_addresses() {
-    let captured = captured::small("6.1", true, "echo 2 > /proc/sys/kernel/kptr_restrict\n").unwrap();
+fn five_levels_of_page_tables_and_hidden_addresses_and_a_hidden_process() {
+    let before = format!("echo 2 > /proc/sys/kernel/kptr_restrict\n{HIDDEN}");
+    let captured = captured::small("6.1", true, &before).unwrap();
+    let hidden: u64 = captured
+        .console
+        .lines()
+        .find_map(|line| line.strip_prefix("HIDDEN "))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let loaded = modules_of(&captured.console);
+    for kind in ["modules", "modules-again"] {
+        let records = store::records(&captured.base, kind).unwrap();
+        let both = records
+            .iter()
+            .filter(|r| r["seen_in"] == serde_json::json!(["procfs", "sysfs"]));
+        let found: BTreeSet<String> = both.map(|r| r["name"].as_str().unwrap().to_owned()).collect();
+        assert_eq!((found, records.len()), (loaded.clone(), loaded.len()), "{kind}");
+        let notes = store::outcome(&captured.base, kind).unwrap()["notes"].to_string();
+        assert!(notes.contains("taken for built-in code"), "{notes}");
+    }
+    for kind in ["processes", "processes-again"] {
+        let notes = store::outcome(&captured.base, kind).unwrap()["notes"].to_string();
+        assert!(notes.contains("read by a procfs of the agent's own"), "{notes}");
+        let records = store::records(&captured.base, kind).unwrap();
+        let found = records.iter().find(|r| r["pid"] == hidden);
+        assert_eq!(found.unwrap()["cmdline"][0], "sleep", "{kind}");
+    }
     assert!(
         captured.fetched.join("plugins/la57.py").exists(),
         "{}",

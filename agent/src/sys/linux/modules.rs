@@ -46,8 +46,14 @@ pub fn collect(c: &mut Collection) -> Result<(), Unsupported> {
     match list(&sysfs) {
         Ok(mut folders) => {
             sysfs_read = true;
-            if inodes_only_rise() {
+            // Where procfs shows none, sysfs is all there is.
+            if c.is_sparing() && !found.is_empty() && inodes_only_rise() {
+                let listed = folders.len();
                 folders = without_built_in(folders, |name| found.contains_key(name));
+                let built_in = listed - folders.len();
+                c.note(format!(
+                    "{built_in} folders of sysfs taken for built-in code by their inodes"
+                ));
             }
             for (_, name) in folders {
                 // Code that is built in has a folder here too, but nothing that can be in a state.
@@ -106,33 +112,44 @@ fn list(folder: &Path) -> io::Result<Vec<(u64, Vec<u8>)>> {
     Ok(found)
 }
 
-/// Nodes of sysfs that one folder of built-in code may have: a node for each parameter, and some; 435 were seen.
+/// Nodes of sysfs between one folder of built-in code and the next. The group of a folder is made anew for each of its parameters
+/// (`kernel/params.c`, `kernel_add_sysfs_param`): 435 nodes for 28 of them. Behind one with more, the rest is looked at.
 const NODES: u64 = 1024;
 
 /// Leaves out what is surely built in, some hundred folders: looking into each would change one page after another of the kernel's
-/// tables of names and inodes, which are evidence as well. `kernel/params.c` makes all of them in one go, before the kernel begins
-/// to load modules, and inodes of sysfs only rise: so they are the first ones, up to the first that is loaded or that is
-/// not next to the one before. Whoever hides a module would have to load it before any that is seen, and before anything else is
-/// made in sysfs: while the kernel is not through with its own start.
+/// tables of names and inodes, which are about to be captured. `param_sysfs_builtin` of `kernel/params.c` makes all of them in one go,
+/// among them `kernel`, which no module can be called; and inodes of sysfs only rise. So they are those from `kernel` on, up to
+/// the first that is loaded or that is not next to the one before. What could be missed is a module that was loaded right
+/// then and hides from procfs: never up to Linux 6.1 (`subsys_initcall`, before the initramfs is unpacked), since then only one
+/// that the initramfs loads while the kernel is not through with its own start (`late_initcall`), and before any that is seen.
 fn without_built_in(mut folders: Vec<(u64, Vec<u8>)>, loaded: impl Fn(&[u8]) -> bool) -> Vec<(u64, Vec<u8>)> {
+    let Some(first) = folders.iter().position(|(_, name)| name == b"kernel") else {
+        return folders;
+    };
+    let mut rest = folders.split_off(first);
     let mut before = None;
-    let beyond = folders.iter().position(|(inode, name)| {
-        let next_to = before.is_none_or(|before| inode - before <= NODES);
+    let beyond = rest.iter().position(|(inode, name)| {
+        let next_to = before.is_none_or(|before| inode.saturating_sub(before) <= NODES);
         before = Some(*inode);
         loaded(name) || !next_to
     });
-    folders.split_off(beyond.unwrap_or(folders.len()))
+    folders.extend(rest.split_off(beyond.unwrap_or(rest.len())));
+    folders
 }
 
 /// Whether an inode of sysfs is never used twice (`fs/kernfs/dir.c`: since Linux 5.5, of 64 bits).
 fn inodes_only_rise() -> bool {
     let release = proc::read_line(Path::new("/proc/sys/kernel/osrelease"));
-    let newest = |release: Text| {
-        let mut parts = release.as_bytes().split(|b| !b.is_ascii_digit());
-        let (major, minor): (u32, u32) = (number(parts.next()?)?, number(parts.next()?)?);
-        Some((major, minor) >= (5, 5))
-    };
-    cfg!(target_pointer_width = "64") && release.ok().and_then(newest) == Some(true)
+    cfg!(target_pointer_width = "64")
+        && release
+            .ok()
+            .and_then(|release| version(release.as_bytes()))
+            .is_some_and(|version| version >= (5, 5))
+}
+
+fn version(release: &[u8]) -> Option<(u32, u32)> {
+    let mut parts = release.split(|b| !b.is_ascii_digit());
+    Some((number(parts.next()?)?, number(parts.next()?)?))
 }
 
 fn read_sysfs(folder: &Path, module: &mut Module, errors: &mut Errors) {
@@ -181,32 +198,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn built_in_code_is_what_comes_first() {
-        let folders = |list: &[(u64, &str)]| -> Vec<(u64, Vec<u8>)> {
-            list.iter()
+    fn built_in_code_is_next_to_the_kernels_own_folder() {
+        let names = |list: &[(u64, &str)], loaded: &[&str]| -> Vec<String> {
+            let all = list
+                .iter()
                 .map(|(inode, name)| (*inode, name.as_bytes().to_vec()))
-                .collect()
-        };
-        let start = [(1000, "printk"), (1020, "vt"), (1200, "zswap")];
-        let names = |more: &[(u64, &str)], loaded: &[&str]| -> Vec<String> {
-            let all = folders(&[&start[..], more].concat());
+                .collect();
             let rest = without_built_in(all, |name| loaded.iter().any(|l| l.as_bytes() == name));
             rest.into_iter()
                 .map(|(_, name)| String::from_utf8(name).unwrap())
                 .collect()
         };
-        assert!(names(&[], &[]).is_empty());
-        // One that hides, whether loaded long after the start or beside others that do not.
-        assert_eq!(names(&[(9000, "rootkit")], &[]), ["rootkit"]);
-        assert_eq!(
-            names(&[(1210, "virtio"), (1215, "rootkit")], &["virtio"]),
-            ["virtio", "rootkit"]
-        );
-        assert_eq!(
-            names(&[(9000, "pcieport"), (9001, "rootkit")], &[]),
-            ["pcieport", "rootkit"]
-        );
-        assert_eq!(names(&[], &["printk"]), ["printk", "vt", "zswap"]);
+        let start = [(1000, "kernel"), (1020, "vt"), (1020 + NODES, "zswap")];
+        let and = |more: &[(u64, &'static str)]| [&start[..], more].concat();
+        assert!(names(&start, &[]).is_empty());
+        // One that hides, whether loaded long after the start, beside others that do not, or before everything.
+        assert_eq!(names(&and(&[(1021 + 2 * NODES, "rootkit")]), &[]), ["rootkit"]);
+        let among = [(1100 + NODES, "virtio"), (1101 + NODES, "rootkit")];
+        assert_eq!(names(&and(&among), &["virtio"]), ["virtio", "rootkit"]);
+        let early = [&[(999, "rootkit")][..], &start].concat();
+        assert_eq!(names(&early, &[]), ["rootkit"]);
+        // Where nothing is known to be built in, everything is looked at.
+        assert_eq!(names(&[(1, "vt"), (2, "zswap")], &[]), ["vt", "zswap"]);
+    }
+
+    #[test]
+    fn versions_of_releases() {
+        let cases: [(&[u8], Option<(u32, u32)>); 5] = [
+            (b"6.1.0-56-cloud-amd64", Some((6, 1))),
+            (b"5.4.0-150-generic", Some((5, 4))),
+            (b"7.2-rc1", Some((7, 2))),
+            (b"garbage", None),
+            (b"", None),
+        ];
+        for (release, expected) in cases {
+            assert_eq!(version(release), expected);
+        }
     }
 
     #[test]

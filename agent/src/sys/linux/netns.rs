@@ -9,7 +9,7 @@ use super::{
 use crate::collect::Collection;
 use rustix::{
     fd::AsFd as _,
-    fs::{CWD, Mode, OFlags, fstatfs, openat},
+    fs::fstatfs,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use std::{
@@ -95,13 +95,15 @@ impl Netns {
         for folder in &self.inhabitants {
             let net = folder.join("net");
             // The process may have ended, and its id may now mean one in another namespace.
-            let link = std::fs::read_link(folder.join("ns/net"));
-            let is_there =
-                |link: PathBuf| bracketed(link.as_os_str().as_encoded_bytes(), "net") == Some(self.inode);
+            let link = proc::link(&folder.join("ns/net"));
+            let is_there = |link: Vec<u8>| bracketed(&link, "net") == Some(self.inode);
             if !self.own && !link.is_ok_and(is_there) {
                 continue;
             }
-            if net.join("unix").exists() || net.join("dev").exists() {
+            if ["unix", "dev"]
+                .iter()
+                .any(|name| proc::path_only(&net.join(name)).is_ok())
+            {
                 return Ok(read_tables(&net, names));
             }
         }
@@ -137,7 +139,7 @@ impl Netns {
 
 /// Opens a namespace file, and never anything else that lies in its place.
 fn open_nsfs(path: &Path) -> io::Result<(OwnedFd, u64)> {
-    let fd = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let fd = proc::path_only(path)?;
     #[allow(
         clippy::useless_conversion,
         reason = "the width of f_type differs between platforms"

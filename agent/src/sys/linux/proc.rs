@@ -29,12 +29,12 @@ pub fn read_by_own_instance() {
     OWN.get_or_init(own);
 }
 
-/// True when it does.
+/// True when it does so.
 pub fn reads_by_own_instance() -> bool {
     OWN.get().is_some_and(Option::is_some)
 }
 
-/// Where a path is looked up. Below `self` that is always `/proc`: it depends on who asks.
+/// Where a path is looked up. What is the asking thread's own is looked up in `/proc`: it is there already.
 fn place(path: &Path) -> (BorrowedFd<'static>, &Path) {
     let own = OWN.get().and_then(Option::as_ref);
     match own.zip(path.strip_prefix("/proc").ok()) {
@@ -60,7 +60,28 @@ fn own() -> Option<OwnedFd> {
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).ok()
+    let own = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).ok()?;
+    // Before Linux 5.8 it is the same one again; and whoever may make one may still not be allowed to read it.
+    let device = |stat: rustix::io::Result<rustix::fs::Stat>| stat.ok().map(|stat| stat.st_dev);
+    let same = device(rustix::fs::fstat(&own)) == device(rustix::fs::stat("/proc"));
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let stat = drain(openat(&own, "self/stat", flags, Mode::empty()).ok()?, MAX_PROC).ok()?;
+    let pid = stat.split(|b| *b == b' ').next().and_then(number);
+    (!same && pid == Some(std::process::id())).then_some(own)
+}
+
+/// The target of a link below `/proc`.
+pub fn link(path: &Path) -> io::Result<Vec<u8>> {
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let (base, path) = place(path);
+    let (target, _) = readlinkat_raw(base, path, &mut buffer)?;
+    Ok(target.to_vec())
+}
+
+/// What a path below `/proc` stands for, without opening it.
+pub fn path_only(path: &Path) -> io::Result<OwnedFd> {
+    let (base, path) = place(path);
+    Ok(openat(base, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// A folder of procfs, such as that of one process. While it is open its process id cannot come to mean another process.
