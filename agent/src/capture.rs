@@ -118,6 +118,7 @@ pub fn run(
             told_at: Instant::now(),
             key: vault.pages(),
             key_kept: vault.kind(),
+            seed: vault.seed(),
             writer: ChainWriter::new(Box::new(vault), request.id),
             chain: None,
             put: Putter::start(scope, store)?,
@@ -338,6 +339,8 @@ struct Session<'a> {
     /// The pages that hold the capture's key, and how they are kept.
     key: KeyPages,
     key_kept: &'static str,
+    /// What the key is made of, where it must be searched for.
+    seed: Option<[u8; 32]>,
     writer: ChainWriter,
     chain: Option<Chain>,
     put: Putter,

@@ -12,10 +12,7 @@ use std::{
     sync::OnceLock,
     time::{Duration, Instant},
 };
-use stillframe_evidence::{
-    image::Image,
-    signature::{CaptureKey, Signatory as _},
-};
+use stillframe_evidence::image::Image;
 use stillframe_tests::{
     captured::{self, CAPTURE, Captured, FILL, MARKERS, MODULES, text},
     fill::PAGE,
@@ -98,20 +95,12 @@ fn every_range_is_there_to_its_first_and_last_page() {
     }
 }
 
-/// Addresses that the chain says are not in the image.
-fn gaps(base: &Path) -> BTreeSet<u64> {
-    let records = store::records(base, "memory").unwrap();
-    let gaps = records.iter().filter(|r| r["record"] == "memory-gap");
-    let pages = gaps.flat_map(|g| (g["start"].as_u64().unwrap()..=g["end"].as_u64().unwrap()).step_by(PAGE));
-    pages.collect()
-}
-
 #[test]
 fn what_is_not_the_truth_is_explained() {
     let full = full();
     let truth = |name: &str| File::open(full.truths.path().join(name)).unwrap();
     let (before, middle, after) = (truth("before"), truth("middle"), truth("after"));
-    let withheld = gaps(&full.captured.base);
+    let withheld = captured::gaps(&full.captured.base).unwrap();
     let (mut right, mut in_motion, mut left_out, mut reused, mut unexplained) = (0, 0, 0, 0, vec![]);
     let mut buffers = [[0; PAGE]; 3];
     captured::pages(&full.captured.image(), |address, page| {
@@ -153,53 +142,9 @@ fn what_is_not_the_truth_is_explained() {
 }
 
 #[test]
-fn the_key_of_the_capture_is_not_in_the_image() {
+fn the_key_of_the_capture_is_not_in_the_image() -> Result<()> {
     let full = full();
-    let events = store::objects(&store::folder(&full.captured.base).unwrap()).unwrap();
-    let first = events
-        .iter()
-        .find(|(name, _)| name.starts_with("progress/000001"))
-        .unwrap();
-    let event: Value = serde_json::from_slice(&fs::read(&first.1).unwrap()).unwrap();
-    let public = event["signed"]["event"]["opened"]["key"]
-        .as_str()
-        .unwrap()
-        .to_owned();
-    // The truth has it, in the pages that are said to hold it: so the search below could find it.
-    let middle = File::open(full.truths.path().join("middle")).unwrap();
-    let mut seeds = BTreeSet::new();
-    for address in gaps(&full.captured.base) {
-        let mut page = [0; PAGE];
-        middle.read_exact_at(&mut page, address).unwrap();
-        for at in (0..PAGE - 32).step_by(8) {
-            let seed: [u8; 32] = page[at..at + 32].try_into().unwrap();
-            if seed != [0; 32] && CaptureKey::from_seed(&seed).public().to_string() == public {
-                seeds.insert(seed);
-            }
-        }
-    }
-    assert_eq!(seeds.len(), 1, "the seed is where it is said to be");
-    let seed = seeds.first().unwrap();
-    let image = fs::read(full.captured.image()).unwrap();
-    assert!(
-        memchr::memmem::find(&image, seed).is_none(),
-        "the seed is in the image"
-    );
-    // Nor is the scalar that is made of it (RFC 8032, 5.1.5).
-    let expanded = <sha2::Sha512 as sha2::Digest>::digest(seed);
-    for half in expanded.chunks(32) {
-        assert!(
-            memchr::memmem::find(&image, half).is_none(),
-            "half of the expanded key is in the image"
-        );
-        let mut clamped: [u8; 32] = half.try_into().unwrap();
-        clamped[0] &= 248;
-        clamped[31] = clamped[31] & 63 | 64;
-        assert!(
-            memchr::memmem::find(&image, &clamped).is_none(),
-            "the scalar is in the image"
-        );
-    }
+    captured::the_key_is_not_in_the_image(&full.captured, &full.truths.path().join("middle"))
 }
 
 fn column(rows: &[Value], name: &str) -> BTreeSet<String> {

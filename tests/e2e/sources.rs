@@ -56,7 +56,12 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
         ("lab", &lab),
         ("lime.ko", &module),
     ];
-    let ran = machine.boot(&script, &files, &[]).unwrap().ended().unwrap();
+    let mut guest = machine.boot(&script, &files, &[])?;
+    let truths = captured::scratch()?;
+    let truth = truths.path().join("truth");
+    guest.wait_for("STOPPED")?;
+    guest.truth(&truth)?;
+    let ran = guest.ended()?;
     println!("{}", ran.console);
     assert!(
         ran.console.contains("AFTER 0") && ran.console.matches("KILLED 0").count() == 3,
@@ -77,6 +82,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
     );
     let captured = Captured::from(&ran).unwrap();
     captured::every_identity_is_there(&captured.image(), 232 << 8, captured::COPIES)?;
+    captured::the_key_is_not_in_the_image(&captured, &truth)?;
     let records = store::records(&captured.base, "memory").unwrap();
     assert!(
         records

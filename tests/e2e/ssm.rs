@@ -398,7 +398,7 @@ fn the_memory_of_a_guest_that_was_ordered_opens_in_volatility() {
     assert!(held(&truth) > 0, "they were in the guest's memory all the same");
     let records = cloud.controller(&["cat", "memory", &id]).unwrap();
     let records = String::from_utf8_lossy(&records.stdout).into_owned();
-    assert!(records.contains("credentials with which"), "{records}");
+    assert!(records.contains("a secret of this capture"), "{records}");
 }
 
 #[test]

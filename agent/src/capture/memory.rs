@@ -289,7 +289,7 @@ impl Session<'_> {
             }
         };
         let copies = match lime {
-            Some(_) => "; copies that the kernel made of them on the module's way to the agent may be in it",
+            Some(_) => "; copies that the kernel made of it on the module's way to the agent are blanked",
             None => "",
         };
         let kept = format!("the capture's key: {}{copies}", self.key_kept);
@@ -551,7 +551,11 @@ impl Session<'_> {
         let before = self.current.as_ref().map_or(0, |current| current.outcome.bytes);
         let (mut gaps, mut untold): (Vec<MemoryGap>, u64) = (Vec::new(), 0);
         let store = self.store;
-        let secrets = || store.secrets();
+        let seed = self.seed.map(|seed| seed.to_vec());
+        let secrets = || {
+            let of_store = store.secrets().into_iter().map(String::into_bytes);
+            of_store.chain(seed.clone()).collect()
+        };
         let needles = Needles::new(&secrets);
         let mut summary = stream::run(
             source,

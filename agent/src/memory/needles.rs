@@ -1,4 +1,5 @@
-//! What must not stand in an image of this host: the credentials with which the image itself is stored. The agent, the TLS library and the kernel's
+//! What must not stand in an image of this host: the credentials with which the image itself is stored, and the capture's key where a module
+//! sends the pages that hold it to the agent. The agent, the TLS library and the kernel's
 //! network buffers leave copies that nobody can list, so every frame is searched for them, and they are blanked.
 //!
 //! Keys that are derived from a secret for signing are not searched for: temporary credentials are of no use without their token, which is.
@@ -10,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 const PIECE: usize = 16;
 
 /// Gives the secrets that are known now; more may come, and none is taken back.
-pub type Secrets<'a> = dyn Fn() -> Vec<String> + Sync + 'a;
+pub type Secrets<'a> = dyn Fn() -> Vec<Vec<u8>> + Sync + 'a;
 
 /// Searches for secrets.
 pub struct Needles<'a> {
@@ -72,10 +73,7 @@ impl<'a> Needles<'a> {
         let secrets = (self.secrets)();
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.0 != secrets.len() {
-            let needles = secrets
-                .iter()
-                .flat_map(|secret| needles(secret.as_bytes()))
-                .collect();
+            let needles = secrets.iter().flat_map(|secret| needles(secret)).collect();
             *known = (secrets.len(), Arc::new(needles));
         }
         known.1.clone()
@@ -107,7 +105,7 @@ mod tests {
         /// Wherever a page ends in a secret of AWS's length, one of its halves is found.
         #[test]
         fn a_secret_cut_in_two_is_found(secret in "[A-Za-z0-9/+]{40}", cut in 0usize..=40, before in 0usize..100) {
-            let secrets = || vec![secret.clone()];
+            let secrets = || vec![secret.clone().into_bytes()];
             let needles = Needles::new(&secrets);
             let mut whole = vec![0; before];
             whole.extend(secret.as_bytes());
@@ -125,11 +123,11 @@ mod tests {
     fn what_comes_later_is_searched_for_too() {
         let renewed = AtomicBool::new(false);
         let secrets = || {
-            let mut all = vec!["0123456789abcdefghij".to_owned()];
+            let mut all = vec![b"0123456789abcdefghij".to_vec()];
             all.extend(
                 renewed
                     .load(Ordering::Relaxed)
-                    .then(|| "ABCDEFGHIJKLMNOPQRST".to_owned()),
+                    .then(|| b"ABCDEFGHIJKLMNOPQRST".to_vec()),
             );
             all
         };

@@ -473,7 +473,7 @@ fn withheld(start: u64, end: u64, why: &str) -> MemoryGap {
     }
 }
 
-/// Leaves out the pages of the key, blanks the store's credentials, and says of every byte what it is. True when all are zero.
+/// Leaves out the pages of the key, blanks other copies of it and the store's credentials, and says of every byte what it is. True when all are zero.
 fn account(
     shared: &Shared,
     address: u64,
@@ -501,7 +501,7 @@ fn account(
             secrets.push(withheld(
                 start,
                 end,
-                "credentials with which this capture is stored",
+                "a secret of this capture: what it is stored or signed with",
             ));
         }
     }

@@ -220,6 +220,7 @@ pub struct Vault {
     answers: Mutex<Receiver<Signed>>,
     pages: KeyPages,
     kind: &'static str,
+    seed: Option<[u8; 32]>,
 }
 
 impl Vault {
@@ -242,9 +243,14 @@ impl Vault {
         let (ask, asked) = channel();
         let (answer, answers) = channel();
         let (ready, made) = channel();
-        let job = Box::new(Job { asked, answer, ready });
+        let job = Box::new(Job {
+            asked,
+            answer,
+            ready,
+            shown: !hidden,
+        });
         start(&mapping, job)?;
-        let public = made
+        let (public, seed) = made
             .recv()
             .map_err(|_| io::Error::other("no randomness for the key"))?;
         let unknown = pages.inside(0, u64::MAX).is_empty();
@@ -262,12 +268,19 @@ impl Vault {
             answers: Mutex::new(answers),
             pages,
             kind,
+            seed,
         })
     }
 
     /// Its pages.
     pub fn pages(&self) -> KeyPages {
         self.pages.clone()
+    }
+
+    /// What must be searched for where the pages alone are not enough: a module that reads them leaves copies of them on its way to the
+    /// agent. Nothing where they are hidden from everybody.
+    pub fn seed(&self) -> Option<[u8; 32]> {
+        self.seed
     }
 
     /// Where the key is, in words.
@@ -304,7 +317,9 @@ type Signed = (String, [u8; 64]);
 struct Job {
     asked: Receiver<String>,
     answer: Sender<Signed>,
-    ready: Sender<PublicKey>,
+    ready: Sender<(PublicKey, Option<[u8; 32]>)>,
+    /// The seed is told.
+    shown: bool,
 }
 
 /// A thread whose stack is `mapping`.
@@ -313,7 +328,7 @@ fn start(mapping: &Mapping, job: Box<Job>) -> io::Result<()> {
         // SAFETY: `job` is the box that `start` gave away, and this is the only place that takes it.
         #[allow(unsafe_code)]
         let job = unsafe { Box::from_raw(job.cast::<Job>()) };
-        sign_forever(&job.asked, &job.answer, &job.ready);
+        sign_forever(&job.asked, &job.answer, &job.ready, job.shown);
         std::ptr::null_mut()
     }
     let failed = |code: i32| match code {
@@ -394,16 +409,29 @@ mod ed25519_key {
     use std::sync::mpsc::{Receiver, Sender};
     use stillframe_evidence::signature::{CaptureKey, PublicKey, Signatory as _};
 
+    /// Leaves nothing of what was computed further down on this stack: what is made of the key to sign with it.
+    #[inline(never)]
+    fn clear_stack() {
+        std::hint::black_box(&mut [0u8; super::VAULT / 2]);
+    }
+
     /// Makes the key and signs until nobody asks any more.
-    pub fn sign_forever(asked: &Receiver<String>, answer: &Sender<Signed>, ready: &Sender<PublicKey>) {
+    pub fn sign_forever(
+        asked: &Receiver<String>,
+        answer: &Sender<Signed>,
+        ready: &Sender<(PublicKey, Option<[u8; 32]>)>,
+        shown: bool,
+    ) {
         let mut seed = [0; 32];
         if getrandom::fill(&mut seed).is_err() {
             return;
         }
         let key = CaptureKey::from_seed(&seed);
+        let told = shown.then_some(seed);
         seed.fill(0);
-        let _ = ready.send(key.public());
+        let _ = ready.send((key.public(), told));
         loop {
+            clear_stack();
             // What a thread that waits had in its vector registers, the kernel keeps beside its other data: in the image.
             super::clear_vector_registers();
             let Ok(message) = asked.recv() else { return };
