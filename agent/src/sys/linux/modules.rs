@@ -224,16 +224,11 @@ mod tests {
 
     #[test]
     fn versions_of_releases() {
-        let cases: [(&[u8], Option<(u32, u32)>); 5] = [
-            (b"6.1.0-56-cloud-amd64", Some((6, 1))),
-            (b"5.4.0-150-generic", Some((5, 4))),
-            (b"7.2-rc1", Some((7, 2))),
-            (b"garbage", None),
-            (b"", None),
-        ];
-        for (release, expected) in cases {
-            assert_eq!(version(release), expected);
-        }
+        assert_eq!(version(b"6.1.0-56-cloud-amd64"), Some((6, 1)));
+        assert_eq!(version(b"5.4.0-150-generic"), Some((5, 4)));
+        assert_eq!(version(b"7.2-rc1"), Some((7, 2)));
+        assert_eq!(version(b"garbage"), None);
+        assert_eq!(version(b""), None);
     }
 
     #[test]
