@@ -1,6 +1,7 @@
 //! The agent in a guest with a real kernel that has modules: what this machine's kernel may not have, and the promise that
 //! nothing is executed on the host.
 
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use std::{fs::File, path::Path, process::Command, sync::OnceLock};
 use stillframe_tests::{guest, programs, store};
@@ -39,26 +40,28 @@ struct Guest {
     base: tempfile::TempDir,
 }
 
-/// One boot for all the tests of this file.
+/// Boots a guest that captures itself onto its disk, and receives that.
+fn captured(script: &str) -> Result<Guest> {
+    let agent = programs::static_agent()?;
+    let ran = guest::run(script, &[("stillframe-agent", &agent)], &["loop", "dummy"])?;
+    println!("{}", ran.console);
+    let base = tempfile::tempdir()?;
+    let received = Command::new(programs::controller()?)
+        .args(["receive", "--store"])
+        .arg(base.path())
+        .stdin(File::open(&ran.disk)?)
+        .output()?;
+    ensure!(received.status.code() == Some(0), "{received:?}\n{}", ran.console);
+    Ok(Guest {
+        console: ran.console,
+        base,
+    })
+}
+
+/// One boot for most of the tests of this file.
 fn guest() -> &'static Guest {
     static GUEST: OnceLock<Guest> = OnceLock::new();
-    GUEST.get_or_init(|| {
-        let agent = programs::static_agent().unwrap();
-        let ran = guest::run(SCRIPT, &[("stillframe-agent", &agent)], &["loop", "dummy"]).unwrap();
-        println!("{}", ran.console);
-        let base = tempfile::tempdir().unwrap();
-        let received = Command::new(programs::controller().unwrap())
-            .args(["receive", "--store"])
-            .arg(base.path())
-            .stdin(File::open(&ran.disk).unwrap())
-            .output()
-            .unwrap();
-        assert_eq!(received.status.code(), Some(0), "{received:?}\n{}", ran.console);
-        Guest {
-            console: ran.console,
-            base,
-        }
-    })
+    GUEST.get_or_init(|| captured(SCRIPT).unwrap_or_else(|error| panic!("the guest: {error:?}")))
 }
 
 fn base() -> &'static Path {
@@ -107,48 +110,41 @@ fn nothing_is_executed_on_the_host() {
 
 /// With nothing in `/proc/modules` every module is in sysfs alone, and code that is built in is still none.
 #[test]
-fn modules_that_procfs_does_not_show() {
-    let script = r#"
+fn modules_that_procfs_does_not_show() -> Result<()> {
+    let guest = captured(
+        r#"
 echo "LOADED $(cut -d' ' -f1 /proc/modules | sort | tr '\n' ' ')"
 : > /tmp/nothing
 mount --bind /tmp/nothing /proc/modules
 /stillframe-agent capture --case guest --store - > "$1" 2> /tmp/said
-"#;
-    let agent = programs::static_agent().unwrap();
-    let ran = guest::run(script, &[("stillframe-agent", &agent)], &["loop", "dummy"]).unwrap();
-    let base = tempfile::tempdir().unwrap();
-    let received = Command::new(programs::controller().unwrap())
-        .args(["receive", "--store"])
-        .arg(base.path())
-        .stdin(File::open(&ran.disk).unwrap())
-        .output()
-        .unwrap();
-    assert_eq!(received.status.code(), Some(0), "{received:?}\n{}", ran.console);
-    let loaded = ran
+"#,
+    )?;
+    let loaded = guest
         .console
         .lines()
-        .find_map(|line| line.strip_prefix("LOADED "))
-        .unwrap();
-    let loaded: Vec<&str> = loaded.split_whitespace().collect();
+        .find_map(|line| line.strip_prefix("LOADED "));
+    let loaded: Vec<Value> = loaded
+        .context("the modules were not listed")?
+        .split_whitespace()
+        .map(Value::from)
+        .collect();
     assert!(
-        loaded.contains(&"loop") && loaded.contains(&"dummy"),
+        loaded.contains(&"loop".into()) && loaded.contains(&"dummy".into()),
         "{loaded:?}"
     );
-    let records = store::records(base.path(), "modules").unwrap();
-    let mut found: Vec<&str> = records
-        .iter()
-        .map(|record| {
-            assert_eq!(record["seen_in"], serde_json::json!(["sysfs"]), "{record}");
-            record["name"].as_str().unwrap()
-        })
-        .collect();
-    found.sort_unstable();
+    let records = store::records(guest.base.path(), "modules")?;
+    for record in &records {
+        assert_eq!(record["seen_in"], serde_json::json!(["sysfs"]), "{record}");
+    }
+    let mut found: Vec<Value> = records.iter().map(|record| record["name"].clone()).collect();
+    found.sort_by_key(Value::to_string);
     assert_eq!(found, loaded);
-    let notes = store::outcome(base.path(), "modules").unwrap()["notes"].to_string();
+    let notes = store::outcome(guest.base.path(), "modules")?["notes"].to_string();
     assert!(
         notes.contains(&format!("{} in only one of procfs and sysfs", loaded.len())),
         "{notes}"
     );
+    Ok(())
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Physical memory of guests with real kernels: what is in the image against what was there, and what real Volatility, drgn
 //! and gdb make of it.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -96,11 +96,11 @@ fn every_range_is_there_to_its_first_and_last_page() {
 }
 
 #[test]
-fn what_is_not_the_truth_is_explained() {
+fn what_is_not_the_truth_is_explained() -> Result<()> {
     let full = full();
     let truth = |name: &str| File::open(full.truths.path().join(name)).unwrap();
     let (before, middle, after) = (truth("before"), truth("middle"), truth("after"));
-    let withheld = captured::gaps(&full.captured.base).unwrap();
+    let withheld = captured::gaps(&full.captured.base)?;
     let (mut right, mut in_motion, mut left_out, mut reused, mut unexplained) = (0, 0, 0, 0, vec![]);
     let mut buffers = [[0; PAGE]; 3];
     captured::pages(&full.captured.image(), |address, page| {
@@ -139,6 +139,7 @@ fn what_is_not_the_truth_is_explained() {
     );
     assert!(right * 100 > total * 90, "most of memory stands still");
     assert!((1..=64).contains(&left_out), "the key's pages, and no others");
+    Ok(())
 }
 
 #[test]
@@ -438,34 +439,34 @@ fn sha256(path: &Path) -> String {
 const HIDDEN: &str = "mkdir /tmp/none; sleep 4321 & mount --bind /tmp/none /proc/$!\n[ -e /proc/$!/stat ] || echo \"HIDDEN $!\"\n";
 
 #[test]
-fn five_levels_of_page_tables_and_hidden_addresses_and_a_hidden_process() {
+fn five_levels_of_page_tables_and_hidden_addresses_and_a_hidden_process() -> Result<()> {
     let before = format!("echo 2 > /proc/sys/kernel/kptr_restrict\n{HIDDEN}");
-    let captured = captured::small("6.1", true, &before).unwrap();
-    let hidden: u64 = captured
+    let captured = captured::small("6.1", true, &before)?;
+    let hidden = captured
         .console
         .lines()
-        .find_map(|line| line.strip_prefix("HIDDEN "))
-        .unwrap()
-        .trim()
-        .parse()
-        .unwrap();
+        .find_map(|line| line.strip_prefix("HIDDEN "));
+    let hidden: u64 = hidden.context("no process was hidden")?.trim().parse()?;
     let loaded = modules_of(&captured.console);
     for kind in ["modules", "modules-again"] {
-        let records = store::records(&captured.base, kind).unwrap();
+        let records = store::records(&captured.base, kind)?;
         let both = records
             .iter()
             .filter(|r| r["seen_in"] == serde_json::json!(["procfs", "sysfs"]));
-        let found: BTreeSet<String> = both.map(|r| r["name"].as_str().unwrap().to_owned()).collect();
-        assert_eq!((found, records.len()), (loaded.clone(), loaded.len()), "{kind}");
-        let notes = store::outcome(&captured.base, kind).unwrap()["notes"].to_string();
+        let found: BTreeSet<String> = both
+            .filter_map(|r| Some(r["name"].as_str()?.to_owned()))
+            .collect();
+        assert_eq!((&found, records.len()), (&loaded, loaded.len()), "{kind}");
+        let notes = store::outcome(&captured.base, kind)?["notes"].to_string();
         assert!(notes.contains("taken for built-in code"), "{notes}");
     }
     for kind in ["processes", "processes-again"] {
-        let notes = store::outcome(&captured.base, kind).unwrap()["notes"].to_string();
+        let notes = store::outcome(&captured.base, kind)?["notes"].to_string();
         assert!(notes.contains("read by a procfs of the agent's own"), "{notes}");
-        let records = store::records(&captured.base, kind).unwrap();
+        let records = store::records(&captured.base, kind)?;
         let found = records.iter().find(|r| r["pid"] == hidden);
-        assert_eq!(found.unwrap()["cmdline"][0], "sleep", "{kind}");
+        let found = found.context("the hidden process is not there")?;
+        assert_eq!(found["cmdline"][0], "sleep", "{kind}");
     }
     assert!(
         captured.fetched.join("plugins/la57.py").exists(),
@@ -482,6 +483,7 @@ fn five_levels_of_page_tables_and_hidden_addresses_and_a_hidden_process() {
     let image = symbols(&["--image", text(&captured.image())]);
     assert!(assert_addresses_are_those_of_the_package(&image, "6.1") > 80_000);
     assert_plugins(&captured, &[]);
+    Ok(())
 }
 
 /// The line that fetch prints, as a responder pastes it.

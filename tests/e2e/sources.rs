@@ -81,8 +81,7 @@ fn lime_stalled_for_ten_seconds_loses_nothing_and_a_killed_agent_leaves_no_modul
         ran.console
     );
     let captured = Captured::from(&ran).unwrap();
-    // Copies are what had been the buffers of LiME's socket: blocks of eight pages each, of which the kernel may use one after another.
-    captured::every_identity_is_there(&captured.image(), 232 << 8, 64)?;
+    captured::every_identity_is_there(&captured.image(), 232 << 8, captured::COPIES)?;
     captured::the_key_is_not_in_the_image(&captured, &truth)?;
     let records = store::records(&captured.base, "memory").unwrap();
     assert!(

@@ -8,7 +8,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{Read as _, Write as _},
     os::unix::fs::FileExt as _,
@@ -139,21 +139,21 @@ pub fn pages(path: &Path, mut each: impl FnMut(u64, &[u8])) -> Result<()> {
     Ok(())
 }
 
-/// Fails unless each of so many pages with an identity is in the image, whole, and no more than so many copies of them are, those counted
-/// that are a part of one: what a socket's buffer held when it was full.
+/// Fails unless each of so many pages with an identity is in the image, none is there that is not whole, and no more than so many copies are.
 pub fn every_identity_is_there(image: &Path, count: u64, copies: u32) -> Result<()> {
     let mut found = Found::default();
-    pages(image, |_, page| found.look(page))?;
+    pages(image, |address, page| found.look(address, page))?;
+    ensure!(found.wrong.is_empty(), "wrong pages at {:x?}", found.wrong);
     ensure!(
         found.whole.len() as u64 == count,
         "{} of {count} pages are there",
         found.whole.len()
     );
-    let more: u32 = found.whole.values().map(|n| n - 1).sum();
+    let twice: BTreeMap<_, _> = found.whole.iter().filter(|(_, at)| at.len() > 1).collect();
+    let more: usize = twice.values().map(|at| at.len() - 1).sum();
     ensure!(
-        u64::from(more) + found.wrong <= u64::from(copies),
-        "{more} pages are there more than once, {} more in part",
-        found.wrong
+        more <= copies as usize,
+        "{more} pages are there more than once: {twice:x?}"
     );
     Ok(())
 }

@@ -32,21 +32,21 @@ pub fn identify(bytes: &[u8]) -> Option<(u64, bool)> {
     Some((number, bytes == page(number)))
 }
 
-/// What was found of so many pages: how often each, and how many were wrong.
+/// What was found of so many pages, and at which addresses.
 #[derive(Default, Debug)]
 pub struct Found {
-    /// Times that each number was seen whole.
-    pub whole: BTreeMap<u64, u32>,
+    /// Where each number was seen whole.
+    pub whole: BTreeMap<u64, Vec<u64>>,
     /// Pages with the mark that are not what they say.
-    pub wrong: u64,
+    pub wrong: Vec<u64>,
 }
 
 impl Found {
     /// Looks at one page.
-    pub fn look(&mut self, bytes: &[u8]) {
+    pub fn look(&mut self, address: u64, bytes: &[u8]) {
         match identify(bytes) {
-            Some((number, true)) => *self.whole.entry(number).or_default() += 1,
-            Some((_, false)) => self.wrong += 1,
+            Some((number, true)) => self.whole.entry(number).or_default().push(address),
+            Some((_, false)) => self.wrong.push(address),
             None => (),
         }
     }
