@@ -254,7 +254,8 @@ pub fn gaps(base: &Path) -> Result<BTreeSet<u64>> {
 }
 
 /// Neither the seed of the capture's key nor what is made of it (RFC 8032, 5.1.5) is in the image. `truth` is the memory of the guest
-/// while it was captured, which has the seed in the pages that are said to hold it: so the search can find it.
+/// while it was captured, which has the seed in the pages that are said to hold it: so the search can find it. What is made of it to sign
+/// is not even there, as long as nothing is signed.
 pub fn the_key_is_not_in_the_image(captured: &Captured, truth: &Path) -> Result<()> {
     let events = store::objects(&store::folder(&captured.base)?)?;
     let first = events
@@ -263,10 +264,11 @@ pub fn the_key_is_not_in_the_image(captured: &Captured, truth: &Path) -> Result<
     let event: Value = serde_json::from_slice(&fs::read(&first.context("no first event")?.1)?)?;
     let public = &event["signed"]["event"]["opened"]["key"];
     let truth = File::open(truth)?;
-    let mut seeds = BTreeSet::new();
+    let (mut seeds, mut held) = (BTreeSet::new(), Vec::new());
     for address in gaps(&captured.base)? {
         let mut page = [0; PAGE];
         truth.read_exact_at(&mut page, address)?;
+        held.extend(page);
         for seed in page.windows(32).step_by(8) {
             let seed: [u8; 32] = seed.try_into()?;
             if seed != [0; 32] && *public == CaptureKey::from_seed(&seed).public().to_string() {
@@ -294,6 +296,10 @@ pub fn the_key_is_not_in_the_image(captured: &Captured, truth: &Path) -> Result<
         ] {
             let at = memchr::memmem::find(&image, bytes);
             ensure!(at.is_none(), "the {what} of the key is in the image at {at:?}");
+            ensure!(
+                what == "seed" || memchr::memmem::find(&held, bytes).is_none(),
+                "the {what} of the key was left on the stack that it was used on"
+            );
         }
     }
     Ok(())
