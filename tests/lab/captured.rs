@@ -6,6 +6,7 @@ use crate::{
     programs, store,
 };
 use anyhow::{Context, Result, ensure};
+use curve25519_dalek::{EdwardsPoint, Scalar};
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +18,7 @@ use std::{
 };
 use stillframe_evidence::{
     image::{Image, lime},
-    signature::{CaptureKey, Signatory as _},
+    signature::{CaptureKey, Signatory as _, split},
 };
 
 /// Three processes with names of their own, one that listens, and what holds them.
@@ -300,6 +301,21 @@ pub fn the_key_is_not_in_the_image(captured: &Captured, truth: &Path) -> Result<
                 what == "seed" || memchr::memmem::find(&held, bytes).is_none(),
                 "the {what} of the key was left on the stack that it was used on"
             );
+        }
+        // Who has the nonce of a signature has the key. The first half of the signature is made of it: it is the right one.
+        for (name, path) in events.iter().filter(|(name, _)| name.starts_with("progress/")) {
+            let event = fs::read(path)?;
+            let (message, signature) = split(&event)?;
+            let digest = <sha2::Sha512 as sha2::Digest>::digest([prefix, message.as_bytes()].concat());
+            let nonce = Scalar::from_bytes_mod_order_wide(&digest.into());
+            ensure!(
+                EdwardsPoint::mul_base(&nonce).compress().as_bytes() == signature.r_bytes(),
+                "not the nonce of {name}"
+            );
+            for (place, bytes) in [("image", &image), ("stack that it was used on", &held)] {
+                let left = memchr::memmem::find(bytes, nonce.as_bytes()).is_some();
+                ensure!(!left, "the nonce of {name} is in the {place}");
+            }
         }
     }
     Ok(())

@@ -409,10 +409,17 @@ mod ed25519_key {
     use std::sync::mpsc::{Receiver, Sender};
     use stillframe_evidence::signature::{CaptureKey, PublicKey, Signatory as _};
 
-    /// Leaves nothing of what was computed further down on this stack: what is made of the key to sign with it.
+    /// Leaves nothing of what was computed further down on this stack: what is made of the key to sign with it. The
+    /// nonce of a signature is as good as the key (RFC 8032, 5.1.6), and ed25519-dalek leaves it.
     #[inline(never)]
     fn clear_stack() {
         std::hint::black_box(&mut [0u8; super::VAULT / 2]);
+    }
+
+    /// Signs further down on this stack: in the caller's own frame, what is made of the key would not be cleared.
+    #[inline(never)]
+    fn sign(key: &CaptureKey, message: String) -> Signed {
+        key.sign(message)
     }
 
     /// Makes the key and signs until nobody asks any more.
@@ -435,7 +442,7 @@ mod ed25519_key {
             // What a thread that waits had in its vector registers, the kernel keeps beside its other data: in the image.
             super::clear_vector_registers();
             let Ok(message) = asked.recv() else { return };
-            if answer.send(key.sign(message)).is_err() {
+            if answer.send(sign(&key, message)).is_err() {
                 return;
             }
         }
