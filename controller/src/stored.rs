@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use std::sync::Arc;
 use stillframe_evidence::{
-    chain::{Chain, Closing, MAX_EVENT, Outcome},
+    chain::{Chain, Closing, Event, MAX_EVENT, Outcome},
     frames::{MAX_SEGMENT, Segment},
     layout::{Artifact, CaptureId, CaseName, Key, Kind, Writer, case_prefix, evidence_prefix},
     manifest::MAX_MANIFEST,
@@ -99,6 +99,10 @@ trait Place: Send + Sync {
     /// What it says for or against a capture that has been read.
     fn anchor(&self, _prefix: &str, _chain: &Chain) -> Anchor {
         Anchor::None("whoever can write to this store could have made all of it anew".to_owned())
+    }
+    /// When an object that was read was put, by the store's own clock.
+    fn put_at(&self, _key: &str) -> Option<Timestamp> {
+        None
     }
     /// What it stated of each object that was read.
     fn statements(&self, _prefix: &str) -> Option<serde_json::Value> {
@@ -322,25 +326,53 @@ impl Stored {
         Chain::open(self.id, &self.get(&key.to_string(), MAX_EVENT).ok()?).ok()
     }
 
+    /// The newest event, and when it was put, by the store's own clock where it has one. That it belongs to the chain is not looked at.
+    pub fn newest(&self) -> Option<(Event, Option<Timestamp>)> {
+        let (_, key) = self.events().ok()?.pop()?;
+        let object = self.get(&key.to_string(), MAX_EVENT).ok()?;
+        let event = serde_json::from_str(split(&object).ok()?.0).ok()?;
+        Some((event, self.put_at(&key)))
+    }
+
+    fn put_at(&self, key: &Key) -> Option<Timestamp> {
+        self.place.put_at(&format!("{}/{key}", self.prefix()))
+    }
+
     /// The chain as far as it holds, and what ended it.
     pub fn chain(&self) -> Result<(Chain, Option<String>)> {
-        let mut chain: Option<Chain> = None;
-        for (_, key) in self.events().map_err(|e| anyhow!(e))? {
+        let mut chain = None;
+        let ended = self.follow(&mut chain)?;
+        chain
+            .map(|chain| (chain, ended))
+            .ok_or_else(|| NoEvent(self.id).into())
+    }
+
+    /// Reads on where a chain was read before, or from its beginning. Says what ended it, where it does not hold.
+    pub fn follow(&self, chain: &mut Option<Chain>) -> Result<Option<String>> {
+        let read = chain.as_ref().map_or(0, |chain| chain.events().len() as u64);
+        for (_, key) in self
+            .events()
+            .map_err(|e| anyhow!(e))?
+            .into_iter()
+            .filter(|(sequence, _)| *sequence > read)
+        {
             let object = self
                 .get(&key.to_string(), MAX_EVENT)
                 .map_err(|e| anyhow!("{key}: {e}"))?;
-            let result = match &mut chain {
+            let result = match chain {
                 Some(chain) => chain.push(&object),
-                None => Chain::open(self.id, &object).map(|opened| chain = Some(opened)),
+                None => Chain::open(self.id, &object).map(|opened| *chain = Some(opened)),
             };
             if let Err(error) = result {
                 let why = format!("{key}: {error}");
-                return Ok((chain.ok_or_else(|| anyhow!(why.clone()))?, Some(why)));
+                return if chain.is_some() {
+                    Ok(Some(why))
+                } else {
+                    Err(anyhow!(why))
+                };
             }
         }
-        chain
-            .map(|chain| (chain, None))
-            .ok_or_else(|| NoEvent(self.id).into())
+        Ok(None)
     }
 
     /// When its first event was made.

@@ -142,6 +142,12 @@ fn an_order_becomes_a_verified_capture() {
         .next()
         .unwrap();
     let (_, event) = responder(cloud, &format!("{BUCKET}/{}", first.replace(':', "%3A")));
+    // Who that is to AWS stands in the case, and the host does not learn it.
+    let (_, kept) = responder(cloud, &format!("{BUCKET}/cases/C-17/{id}/order.json"));
+    let arn = "arn:aws:iam::123456789012:user/responder";
+    assert!(kept.contains(arn) && !event.contains(arn), "{kept} {event}");
+    // The host is one of its own, and the agent says that it sees no more.
+    assert_eq!(shown["host"]["agent_contained"], true, "{shown}");
     let clock = event.split("\"behind_store_us\":").nth(1).unwrap();
     let ahead: i64 = clock.split([',', '}']).next().unwrap().parse().unwrap();
     assert!(ahead.abs() < 5_000_000, "{ahead}");
@@ -161,9 +167,9 @@ fn credentials_are_lent_for_one_capture() -> Result<()> {
     // No metadata service: it has no role at all.
     cloud.ssm.host(Host {
         id: "i-0bare".to_owned(),
-        platform: "Linux",
-        tags: BTreeMap::new(),
         fate: Fate::Executes(vec![("AWS_EC2_METADATA_DISABLED".to_owned(), "true".to_owned())]),
+        profile: None,
+        ..Host::default()
     });
     let lending = |role| {
         let more = [
@@ -323,9 +329,8 @@ fn the_memory_of_a_guest_that_was_ordered_opens_in_volatility() {
     let metadata = metadata::start(cloud.gate.principals.clone(), "i-0guest", "instances", role).unwrap();
     cloud.ssm.host(Host {
         id: "i-0guest".to_owned(),
-        platform: "Linux",
-        tags: BTreeMap::new(),
         fate: Fate::InGuest(post.clone()),
+        ..Host::default()
     });
     let machine = Machine {
         memory: 512,
@@ -402,6 +407,52 @@ fn the_memory_of_a_guest_that_was_ordered_opens_in_volatility() {
 }
 
 #[test]
+fn an_order_for_nobody_says_so() {
+    let cloud = cloud();
+    let (agent, url) = (agent(), cloud.gate.url());
+    for (tag, warned) in [("Role=nobody", true), ("Fleet=gone", false)] {
+        // Sent all the same: what is known of a tag may be older than the tag.
+        if !warned {
+            cloud.ssm.host(Host {
+                id: "i-0gone".to_owned(),
+                tags: [("Fleet".to_owned(), "gone".to_owned())].into(),
+                fate: Fate::Undeliverable,
+                ..Host::default()
+            });
+        }
+        let mut arguments = order(&agent, &url, &[]);
+        (arguments[1], arguments[2]) = ("--tag", tag);
+        let sent = cloud.controller(&arguments).unwrap();
+        assert_eq!(sent.status.code(), Some(0), "{sent:?}");
+        let said = String::from_utf8_lossy(&sent.stderr).into_owned();
+        assert_eq!(
+            said.contains("knows no host in this region with that tag"),
+            warned,
+            "{said}"
+        );
+    }
+}
+
+/// Its policy lets a responder order by the project's documents, and run nothing else.
+#[test]
+fn a_responder_runs_no_other_document() {
+    let cloud = cloud();
+    let mut other = document("Stillframe-Capture");
+    other["description"] = json!("of somebody else");
+    cloud.ssm.document("AWS-RunShellScript", other).unwrap();
+    let (agent, url) = (agent(), cloud.gate.url());
+    let refused = cloud
+        .controller(&order(&agent, &url, &["--document", "AWS-RunShellScript"]))
+        .unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(
+        said.contains("AccessDenied") && said.contains("document/AWS-RunShellScript"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_plan_says_who_is_meant_and_touches_nothing() {
     let cloud = cloud();
     let (agent, url) = (agent(), cloud.gate.url());
@@ -453,8 +504,49 @@ fn a_doctor_says_what_would_fail() {
     ] {
         assert_eq!(health(what), "good", "{what}");
     }
+    assert_eq!(health("role of i-0lab"), "unseen");
     // The agent that was built beside it needs this machine's libc.
     assert_eq!((health("agent").as_str(), code), ("weak", Some(5)));
+    // Hosts that Systems Manager reaches, and that could not write, or not run the agent; among as many others as one call does not take.
+    let others: Vec<String> = (0..45).map(|n| format!("i-0other{n}")).collect();
+    let ids = others.iter().map(|id| (&id[..], Some("x"), "x86_64")).chain([
+        ("i-0norole", None, "x86_64"),
+        ("i-0arm", Some("x"), "arm64"),
+        ("mi-0desk", Some("hybrid"), "x86_64"),
+    ]);
+    let mut arguments = vec!["--store", &good];
+    for (id, profile, architecture) in ids {
+        arguments.extend(["--instance", id]);
+        cloud.ssm.host(Host {
+            id: id.to_owned(),
+            fate: Fate::Skips,
+            profile,
+            architecture,
+            ..Host::default()
+        });
+    }
+    let (code, health) = doctor(&arguments);
+    for (what, seen) in [
+        ("role of i-0other44", "unseen"),
+        ("host i-0norole", "good"),
+        ("role of i-0norole", "bad"),
+        ("role of mi-0desk", "bad"),
+        ("role of i-0arm", "unseen"),
+        ("processor of i-0arm", "bad"),
+    ] {
+        assert_eq!(health(what), seen, "{what}");
+    }
+    assert_eq!(code, Some(1));
+    // Lent credentials need no role.
+    let (_, health) = doctor(&[
+        "--store",
+        &good,
+        "--instance",
+        "i-0norole",
+        "--credentials",
+        "session",
+    ]);
+    assert_eq!(health("role of i-0norole"), "unseen");
     // A bucket that keeps nothing, and a host that nobody knows.
     let open = format!("s3://{OPEN}");
     let (code, health) = doctor(&[
@@ -499,21 +591,37 @@ fn one_service_is_reached_by_its_own_variable() {
 }
 
 #[test]
-fn stopped_it_ends_in_a_signed_manifest() {
+fn stopped_at_any_moment_it_ends_in_a_signed_manifest() {
     let _alone = alone();
     let cloud = cloud();
-    // More steps than the agent has puts under way at once: some are not begun.
-    let id = ordered_and_held(cloud, 1, &["--profile", "full"]);
-    wait_for(cloud, &id, &["in-progress"]);
-    let output = cloud.controller(&["stop", &id, "--output", "json"]).unwrap();
-    cloud.gate.faults.release();
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    let view = wait_for(cloud, &id, &["stopped", "complete", "partial"]);
-    assert_eq!(view["hosts"][0]["state"], "stopped", "{view}");
-    let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
-    assert_eq!((verdict.as_str(), code), ("verified", 0), "{report}");
-    let again = cloud.controller(&["stop", &id]).unwrap();
-    assert_eq!(again.status.code(), Some(2), "{again:?}");
+    // More steps than the agent has puts under way at once: some are not begun. With all of them behind it, there is nothing left to stop.
+    for (moment, states) in [
+        (0, &["stopped"][..]),
+        (1, &["stopped"]),
+        (4, &["stopped"]),
+        (8, &["stopped"]),
+        (16, &["stopped", "complete", "partial"]),
+    ] {
+        let id = ordered_and_held(cloud, moment, &["--profile", "full"]);
+        wait_for(cloud, &id, &["in-progress"]);
+        let output = cloud.controller(&["stop", &id, "--output", "json"]).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{moment}: {output:?}");
+        // Held until the agent was asked: else it may be at its end before.
+        let command = json_of(&output)["commands"][0].as_str().unwrap().to_owned();
+        let began = Instant::now();
+        while !cloud.ssm.is_over(&command) {
+            assert!(began.elapsed() < Duration::from_secs(60), "nobody was asked");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        cloud.gate.faults.release();
+        let view = wait_for(cloud, &id, &["stopped", "complete", "partial"]);
+        let state = view["hosts"][0]["state"].as_str().unwrap();
+        assert!(states.contains(&state), "{moment}: {view}");
+        let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
+        assert_eq!((verdict.as_str(), code), ("verified", 0), "{moment}: {report}");
+        let again = cloud.controller(&["stop", &id]).unwrap();
+        assert_eq!(again.status.code(), Some(2), "{moment}: {again:?}");
+    }
 }
 
 #[test]
@@ -558,6 +666,14 @@ fn a_host_that_is_silent_is_incomplete() {
         .controller(&["watch", &id, "--stall", "4", "--output", "json"])
         .unwrap();
     let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
+    // Who looks but once sees it, too; with more patience not yet.
+    for (stall, lost) in [("2", true), ("600", false)] {
+        let looked = cloud
+            .controller(&["status", &id, "--stall", stall, "--output", "json"])
+            .unwrap();
+        assert_eq!(json_of(&looked)["hosts"][0]["lost"], lost, "{stall}: {looked:?}");
+        assert_eq!(looked.status.code(), Some(3), "{looked:?}");
+    }
     cloud.gate.faults.release();
     let view = json_of(&output);
     assert_eq!(
@@ -872,9 +988,9 @@ fn a_fleet_of_ten_thousand() {
         *expected.entry(state).or_default() += 1;
         cloud.ssm.host(Host {
             id: format!("i-{n:08x}fleet"),
-            platform: "Linux",
             tags: [("Fleet".to_owned(), "all".to_owned())].into(),
             fate: fate.clone(),
+            ..Host::default()
         });
     }
     cloud.ssm.throttle(20);

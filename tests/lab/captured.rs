@@ -312,9 +312,12 @@ pub fn the_key_is_not_in_the_image(captured: &Captured, truth: &Path) -> Result<
                 EdwardsPoint::mul_base(&nonce).compress().as_bytes() == signature.r_bytes(),
                 "not the nonce of {name}"
             );
-            for (place, bytes) in [("image", &image), ("stack that it was used on", &held)] {
-                let left = memchr::memmem::find(bytes, nonce.as_bytes()).is_some();
-                ensure!(!left, "the nonce of {name} is in the {place}");
+            // As it is used, and as it was hashed.
+            for form in [&nonce.as_bytes()[..], &digest[..32], &digest[32..]] {
+                for (place, bytes) in [("image", &image), ("stack that it was used on", &held)] {
+                    let left = memchr::memmem::find(bytes, form).is_some();
+                    ensure!(!left, "the nonce of {name} is in the {place}");
+                }
             }
         }
     }

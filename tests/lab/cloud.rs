@@ -9,6 +9,7 @@ pub mod http;
 pub mod iam;
 pub mod localstack;
 pub mod metadata;
+pub mod namespaces;
 pub mod post;
 pub mod principals;
 pub mod sigv4;
@@ -127,12 +128,12 @@ impl Cloud {
         }));
         ssm.host(ssm::Host {
             id: INSTANCE.to_owned(),
-            platform: "Linux",
             tags: [("Role".to_owned(), "web".to_owned())].into(),
             fate: ssm::Fate::Executes(vec![(
                 "AWS_EC2_METADATA_SERVICE_ENDPOINT".to_owned(),
                 metadata.url(),
             )]),
+            ..ssm::Host::default()
         });
         let responder = [
             ("AWS_ACCESS_KEY_ID", key),

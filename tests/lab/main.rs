@@ -38,8 +38,8 @@ enum What {
         /// Where to write it
         to: std::path::PathBuf,
     },
-    /// AWS on loopback: a bucket under the project's policy, Systems Manager with the project's documents, this machine as its host; prints the
-    /// variables by which the programs reach it
+    /// AWS on loopback: a bucket under the project's policy, Systems Manager with the project's documents, this machine in namespaces of its own as its
+    /// host; prints the variables by which the programs reach it
     Cloud,
     /// Nothing, until standard input ends
     Wait,

@@ -7,7 +7,10 @@ use aws_sdk_ssm::{
     Client,
     config::retry::RetryConfig,
     error::{ProvideErrorMetadata, SdkError},
-    types::{CommandInvocation, DocumentHashType, InstanceInformationStringFilter, Target},
+    types::{
+        CommandInvocation, DocumentHashType, InstanceInformationStringFilter, InstancePropertyFilter,
+        InstancePropertyFilterKey, Target,
+    },
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -23,6 +26,8 @@ const ATTEMPTS: u32 = 8;
 const PACE: Duration = Duration::from_millis(550);
 /// What the agent's one line begins with.
 const RESULT: &str = "stillframe-result ";
+/// Instances that DescribeInstanceProperties takes by their ids.
+const MOST_PROPERTIES: usize = 40;
 /// Instances that one SendCommand takes by their ids.
 pub const MOST_INSTANCES: usize = 50;
 
@@ -78,6 +83,19 @@ pub struct Host {
     pub agent_version: String,
     /// What it calls itself.
     pub name: String,
+}
+
+/// What Systems Manager has from EC2 of a host.
+#[derive(Clone, Debug)]
+pub struct Property {
+    /// Its instance id.
+    pub id: String,
+    /// Its instance profile: whose credentials its metadata service gives. Blank without one.
+    pub profile: String,
+    /// The role by which a machine outside EC2 (`mi-…`) is registered.
+    pub role: String,
+    /// `x86_64`, `arm64`; blank where it is not known.
+    pub architecture: String,
 }
 
 /// What became of a command on one host.
@@ -229,8 +247,9 @@ impl Ssm {
         })
     }
 
-    /// The hosts that are meant, as far as Systems Manager knows them; nothing for a resource group, which it resolves when a command is sent.
-    pub fn hosts(&self, targets: &Targets) -> Result<Option<Vec<Host>>> {
+    /// The hosts that are meant, as far as Systems Manager knows them, or the first of them, that many at least; nothing for a resource group, which it
+    /// resolves when a command is sent.
+    pub fn hosts(&self, targets: &Targets, enough: usize) -> Result<Option<Vec<Host>>> {
         if matches!(targets, Targets::Keys(keys) if !keys.keys().all(|key| key.starts_with("tag:"))) {
             return Ok(None);
         }
@@ -273,10 +292,43 @@ impl Ssm {
                 name: one.computer_name().unwrap_or_default().to_owned(),
             }));
             token = answer.next_token().filter(|t| !t.is_empty()).map(str::to_owned);
-            if token.is_none() {
+            if token.is_none() || hosts.len() >= enough {
                 return Ok(Some(hosts));
             }
         }
+    }
+
+    /// What EC2 says of these hosts.
+    pub fn properties(&self, ids: &[String]) -> Result<Vec<Property>> {
+        let mut found = Vec::new();
+        for ids in ids.chunks(MOST_PROPERTIES) {
+            let filter = InstancePropertyFilter::builder()
+                .key(InstancePropertyFilterKey::InstanceIds)
+                .set_value_set(Some(ids.to_vec()))
+                .build()
+                .map_err(|error| anyhow!("a filter: {error}"))?;
+            let mut token = None;
+            loop {
+                self.pace();
+                let request = self.client.describe_instance_properties();
+                let request = request.instance_property_filter_list(filter.clone());
+                let answer = self
+                    .runtime
+                    .block_on(request.set_next_token(token).send())
+                    .map_err(|error| refused(&error))?;
+                found.extend(answer.instance_properties().iter().map(|one| Property {
+                    id: one.instance_id().unwrap_or_default().to_owned(),
+                    profile: one.instance_role().unwrap_or_default().to_owned(),
+                    role: one.iam_role().unwrap_or_default().to_owned(),
+                    architecture: one.architecture().unwrap_or_default().to_owned(),
+                }));
+                token = answer.next_token().filter(|t| !t.is_empty()).map(str::to_owned);
+                if token.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Sends a document; the id of the command comes back.

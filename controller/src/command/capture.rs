@@ -2,6 +2,8 @@
 
 mod remote;
 
+pub use remote::Credentials;
+
 use super::{At, verify};
 use crate::{
     stored::Store,

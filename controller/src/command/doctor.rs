@@ -1,11 +1,18 @@
-//! `doctor`: what of an order would fail, and why, before one is given. It asks, and changes nothing. What a host's role may do it cannot know: no API that the
-//! programs use says it, and the host's first object shows it.
+//! `doctor`: what of an order would fail, and why, before one is given. It asks, and changes nothing. Which role a host has it sees, not what that may do: only
+//! IAM knows, which responders need no right to ask, and the host's first object shows it.
 
 mod bucket;
 
-use super::{At, capture::beside, whom::Whom};
+use super::{
+    At,
+    capture::{Credentials, beside},
+    whom::Whom,
+};
 use crate::{
-    aws::{caller, ssm::Ssm},
+    aws::{
+        caller,
+        ssm::{Property, Ssm},
+    },
     ui::Ui,
 };
 use anyhow::{Context as _, Result, bail};
@@ -21,6 +28,9 @@ pub struct Args {
     at: At,
     #[command(flatten)]
     whom: Whom,
+    /// Whose credentials the hosts are to write with
+    #[arg(long, value_enum, default_value_t)]
+    credentials: Credentials,
     /// A document that must be there; may be given several times
     #[arg(long, default_values_t = ["Stillframe-Capture".to_owned(), "Stillframe-Stop".to_owned()])]
     document: Vec<String>,
@@ -95,7 +105,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     checks.push(Check::new(
         "not looked at",
         Health::Unseen,
-        "whether the agent is staged on the hosts, what their role may put, whether what is lent would do",
+        "whether the agent is staged on the hosts, what their roles may put, whether what is lent would do",
     ));
     let health = checks.iter().map(|f| f.health).max().unwrap_or(Health::Good);
     let report = Report { health, checks };
@@ -150,7 +160,7 @@ fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Check>> {
         )]);
     }
     let targets = args.whom.targets()?;
-    let known = match ssm.hosts(&targets) {
+    let known = match ssm.hosts(&targets, usize::MAX) {
         Ok(Some(known)) => known,
         Ok(None) => {
             bail!("a resource group is resolved when a command is sent: name hosts with --instance or --tag")
@@ -192,7 +202,53 @@ fn hosts(args: &Args, ssm: &Ssm) -> Result<Vec<Check>> {
     if checks.is_empty() {
         checks.push(Check::new("hosts", Health::Bad, "nobody has that tag"));
     }
+    let ids: Vec<String> = known.iter().map(|host| host.id.clone()).collect();
+    match ssm.properties(&ids) {
+        Ok(properties) => checks.extend(ids.iter().flat_map(|id| roles(id, &properties, args.credentials))),
+        Err(error) => checks.push(Check::new("roles of hosts", Health::Unseen, format!("{error:#}"))),
+    }
     Ok(checks)
+}
+
+/// Whose credentials a host has, and whether there is an agent that runs on it.
+fn roles(id: &str, properties: &[Property], credentials: Credentials) -> Vec<Check> {
+    let what = format!("role of {id}");
+    let Some(property) = properties.iter().find(|one| one.id == id) else {
+        return vec![Check::new(what, Health::Unseen, "Systems Manager does not say")];
+    };
+    let lend = "order with --credentials session";
+    let (health, about) = match (&property.profile, &property.role) {
+        _ if credentials == Credentials::Session => {
+            (Health::Unseen, "not needed: credentials are lent".to_owned())
+        }
+        (none, role) if none.is_empty() && !role.is_empty() => (
+            Health::Bad,
+            format!(
+                "registered as {role}, and outside EC2 no metadata service gives that role's credentials: {lend}"
+            ),
+        ),
+        (none, _) if none.is_empty() => (
+            Health::Bad,
+            format!(
+                "no instance profile, and Default Host Management's credentials are the SSM agent's alone: {lend}"
+            ),
+        ),
+        (profile, _) => (
+            Health::Unseen,
+            format!(
+                "instance profile {profile}; whether it has policies/instance-role.json, its first object shows"
+            ),
+        ),
+    };
+    let mut checks = vec![Check::new(what, health, about)];
+    if !matches!(property.architecture.as_str(), "" | "x86_64") {
+        checks.push(Check::new(
+            format!("processor of {id}"),
+            Health::Bad,
+            format!("{}: the agent is one for x86_64", property.architecture),
+        ));
+    }
+    checks
 }
 
 fn text(report: &Report) -> String {

@@ -28,8 +28,11 @@ pub struct Order {
     pub store: String,
     /// Repeated by the first event of every host.
     pub nonce: String,
-    /// Who ordered.
+    /// Who ordered, as the host is told.
     pub ordered_by: String,
+    /// The same, as STS says it: an ARN. It stays in the case.
+    #[serde(default)]
+    pub caller: Option<String>,
     /// When.
     pub ordered_at: Timestamp,
     /// Whom it is for.

@@ -12,14 +12,19 @@ use crate::{
 };
 use anyhow::{Result, bail};
 use clap::Args as ClapArgs;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
-use stillframe_evidence::{chain::What, layout::CaptureId, text::printable, verdict::count};
+use stillframe_evidence::{
+    chain::{Chain, Event, What},
+    layout::CaptureId,
+    text::printable,
+    verdict::count,
+};
 
 /// Its arguments.
 #[derive(ClapArgs)]
@@ -39,6 +44,8 @@ pub struct StatusArgs {
     capture: String,
     #[command(flatten)]
     at: At,
+    #[command(flatten)]
+    stall: Stall,
 }
 
 /// How long nothing may be heard.
@@ -49,6 +56,24 @@ pub struct Stall {
     stall: u64,
 }
 
+impl Stall {
+    fn patience(&self) -> SignedDuration {
+        SignedDuration::from_secs(i64::try_from(self.stall).unwrap_or(i64::MAX))
+    }
+
+    fn warn(&self, host: &str, ui: &Ui) {
+        ui.warn(&format!(
+            "{}: no event for {} s; it may be gone, and its capture is incomplete: stillframe salvage reads what was acknowledged",
+            printable(host.as_bytes()),
+            self.stall
+        ));
+    }
+}
+
+/// Hosts whose newest event is looked at by who looks once.
+const LOOKED_AT: usize = 50;
+/// Chains that are kept between two times round.
+const KEPT: usize = 64;
 /// Hosts whose progress is looked up each time round.
 const LOOKED_UP: usize = 4;
 const BETWEEN: Duration = Duration::from_secs(2);
@@ -75,18 +100,49 @@ struct Line {
     invocation: Invocation,
     /// The last thing that its chain says.
     progress: Option<Progress>,
-    /// At work as Systems Manager has it, and silent for too long.
-    lost: bool,
+    /// At work as Systems Manager has it, and silent for too long; nothing where nobody knows.
+    lost: Option<bool>,
 }
 
 /// How far its chain is.
 #[derive(Clone, Serialize, PartialEq, Eq)]
 struct Progress {
     events: u64,
-    /// Bytes acknowledged by the store.
-    stored: u64,
+    /// Bytes acknowledged by the store; nothing where the whole chain was not read.
+    stored: Option<u64>,
     /// The step under way, or the last that ended.
     step: String,
+    /// When the newest event was put, by the store's clock: the host's own may be set to anything.
+    put: Option<Timestamp>,
+    /// Its chain is closed: whatever Systems Manager says, nothing more is to come.
+    closed: bool,
+}
+
+impl Progress {
+    fn of(newest: &Event, put: Option<Timestamp>, stored: Option<u64>) -> Self {
+        Progress {
+            events: newest.sequence,
+            stored,
+            step: match &newest.event {
+                What::Opened(_) => "begun".to_owned(),
+                What::Progress(p) => {
+                    format!("{} {} %", p.kind, p.done.saturating_mul(100) / p.expected.max(1))
+                }
+                What::Step(outcome) => outcome.kind.to_string(),
+                What::Closed(_) => "closed".to_owned(),
+            },
+            put,
+            closed: matches!(newest.event, What::Closed(_)),
+        }
+    }
+
+    /// Whether nothing came for too long, where the store says when something came.
+    fn is_silent(&self, now: Timestamp, patience: SignedDuration) -> Option<bool> {
+        if self.closed {
+            return Some(false);
+        }
+        Some(now.duration_since(self.put?) > patience)
+    }
 }
 
 /// Watches until every host is done.
@@ -108,15 +164,34 @@ pub fn status(args: &StatusArgs, ui: &Ui) -> Result<u8> {
     let ssm = Ssm::open(&args.at.aws.reach())?;
     let invocations = order.invocations(&ssm)?;
     let mut known = BTreeMap::new();
-    let hosts: Vec<String> = invocations
+    // Of whom nothing is known, nobody says whether it is lost.
+    let mut lost: BTreeMap<String, bool> = BTreeMap::new();
+    let mut unseen = 0;
+    for (turn, one) in invocations
         .iter()
-        .filter(|i| !i.state.is_over())
-        .map(|i| i.host.clone())
-        .collect();
-    for host in hosts.iter().take(LOOKED_UP) {
-        known.extend(progress(&store, order.capture, host).map(|p| (host.clone(), p)));
+        .filter(|i| i.state == State::InProgress)
+        .enumerate()
+    {
+        if turn >= LOOKED_AT {
+            unseen += 1;
+            continue;
+        }
+        let Some(found) = newest(&store, order.capture, &one.host) else {
+            continue;
+        };
+        let silent = found.is_silent(Timestamp::now(), args.stall.patience());
+        if silent == Some(true) {
+            args.stall.warn(&one.host, ui);
+        }
+        lost.extend(silent.map(|silent| (one.host.clone(), silent)));
+        known.insert(one.host.clone(), found);
     }
-    let view = view(&order, &invocations, &known, &BTreeSet::new())?;
+    if unseen > 0 {
+        ui.warn(&format!(
+            "how far {unseen} more are was not looked at: stillframe watch does, by turns"
+        ));
+    }
+    let view = view(&order, &invocations, &known, &lost)?;
     ui.print(&view, || table(&view, true));
     Ok(code(&order, &invocations))
 }
@@ -142,6 +217,7 @@ pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, u
     let mut told: BTreeMap<String, String> = BTreeMap::new();
     let mut heard: BTreeMap<String, (u64, Instant)> = BTreeMap::new();
     let mut lost: BTreeSet<String> = BTreeSet::new();
+    let mut chains: BTreeMap<String, Option<Chain>> = BTreeMap::new();
     let (mut turn, mut missed) = (0, 0);
     let began = Instant::now();
     loop {
@@ -174,18 +250,18 @@ pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, u
             .skip(turn)
             .take(LOOKED_UP.min(running.len()))
         {
-            let found = progress(store, order.capture, &one.host);
+            if chains.len() >= KEPT && !chains.contains_key(&one.host) {
+                chains.clear();
+            }
+            let chain = chains.entry(one.host.clone()).or_default();
+            let found = progress(store, order.capture, &one.host, chain);
             let events = found.as_ref().map_or(0, |p| p.events);
             let host = heard.entry(one.host.clone()).or_insert((events, Instant::now()));
-            if host.0 != events {
+            if host.0 != events || found.as_ref().is_some_and(|p| p.closed) {
                 *host = (events, Instant::now());
                 lost.remove(&one.host);
             } else if host.1.elapsed() > Duration::from_secs(stall.stall) && lost.insert(one.host.clone()) {
-                ui.warn(&format!(
-                    "{}: no event for {} s; it may be gone, and its capture is incomplete: stillframe salvage reads what was acknowledged",
-                    printable(one.host.as_bytes()),
-                    stall.stall
-                ));
+                stall.warn(&one.host, ui);
             }
             known.extend(found.map(|p| (one.host.clone(), p)));
         }
@@ -211,6 +287,8 @@ pub fn follow(store: &Store, order: &Order, at: &At, stall: &Stall, ssm: &Ssm, u
                 .iter()
                 .all(|i| i.state.is_over() || lost.contains(&i.host));
         if over || LEFT.load(Ordering::SeqCst) {
+            let of = |one: &Invocation| (one.host.clone(), lost.contains(&one.host));
+            let lost = invocations.iter().map(of).collect();
             let view = view(order, &invocations, &known, &lost)?;
             ui.print(&view, || {
                 if over {
@@ -278,20 +356,21 @@ impl Loans {
     }
 }
 
-fn progress(store: &Store, capture: CaptureId, host: &str) -> Option<Progress> {
+/// How far a host's newest event says that it is.
+fn newest(store: &Store, capture: CaptureId, host: &str) -> Option<Progress> {
     let stored = store.of_host(capture, host).ok()??;
-    let (chain, _) = stored.chain().ok()?;
+    let (event, put) = stored.newest()?;
+    Some(Progress::of(&event, put, None))
+}
+
+/// How far a host's chain is, read on from where it was read before.
+fn progress(store: &Store, capture: CaptureId, host: &str, chain: &mut Option<Chain>) -> Option<Progress> {
+    let stored = store.of_host(capture, host).ok()??;
+    stored.follow(chain).ok()?;
+    let chain = chain.as_ref()?;
     let (_, last) = chain.events().last()?;
-    Some(Progress {
-        events: last.sequence,
-        stored: chain.segments().map(|s| s.stored).fold(0, u64::saturating_add),
-        step: match &last.event {
-            What::Opened(_) => "begun".to_owned(),
-            What::Progress(p) => format!("{} {} %", p.kind, p.done.saturating_mul(100) / p.expected.max(1)),
-            What::Step(outcome) => outcome.kind.to_string(),
-            What::Closed(_) => "closed".to_owned(),
-        },
-    })
+    let bytes = chain.segments().map(|s| s.stored).fold(0, u64::saturating_add);
+    Some(Progress::of(last, None, Some(bytes)))
 }
 
 fn counts(invocations: &[Invocation]) -> BTreeMap<State, usize> {
@@ -311,7 +390,7 @@ fn view<'a>(
     order: &'a Order,
     invocations: &[Invocation],
     known: &BTreeMap<String, Progress>,
-    lost: &BTreeSet<String>,
+    lost: &BTreeMap<String, bool>,
 ) -> Result<View<'a>> {
     Ok(View {
         capture: order.capture,
@@ -323,7 +402,7 @@ fn view<'a>(
             .map(|one| Line {
                 invocation: one.clone(),
                 progress: known.get(&one.host).cloned(),
-                lost: lost.contains(&one.host),
+                lost: lost.get(&one.host).copied(),
             })
             .collect(),
     })
@@ -349,7 +428,10 @@ fn line(one: &Invocation, progress: Option<&Progress>) -> String {
             line += &format!(" {}", printable(output.as_bytes()))
         }
         (None, _, Some(p)) => {
-            line += &format!(" {}  {} stored", printable(p.step.as_bytes()), bytes(p.stored))
+            line += &format!(" {}", printable(p.step.as_bytes()));
+            if let Some(stored) = p.stored {
+                line += &format!("  {} stored", bytes(stored));
+            }
         }
         _ => (),
     }
@@ -371,7 +453,7 @@ fn table(view: &View, hosts: bool) -> String {
         "hosts",
         count(view.hosts.len(), "host"),
         counted(&view.counts),
-        match view.hosts.iter().filter(|host| host.lost).count() {
+        match view.hosts.iter().filter(|host| host.lost == Some(true)).count() {
             0 => String::new(),
             lost => format!(", {lost} of them lost"),
         }
@@ -384,7 +466,7 @@ fn table(view: &View, hosts: bool) -> String {
     }
     let store = printable(view.store.as_bytes());
     let is_over = |host: &Line| host.invocation.state.is_over();
-    let next = if view.hosts.iter().any(|host| host.lost) {
+    let next = if view.hosts.iter().any(|host| host.lost == Some(true)) {
         Some("salvage")
     } else if !view.hosts.iter().all(is_over) || view.hosts.is_empty() {
         Some("watch")
@@ -401,4 +483,31 @@ fn table(view: &View, hosts: bool) -> String {
         )
     }));
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_counted_by_the_store() -> Result<()> {
+        let now: Timestamp = "2026-01-01T12:00:00Z".parse()?;
+        let mut progress = Progress {
+            events: 3,
+            stored: None,
+            step: String::new(),
+            put: Some("2026-01-01T11:50:00Z".parse()?),
+            closed: false,
+        };
+        let patience = SignedDuration::from_secs;
+        assert_eq!(progress.is_silent(now, patience(599)), Some(true));
+        assert_eq!(progress.is_silent(now, patience(600)), Some(false));
+        // What is closed is not waited for.
+        progress.closed = true;
+        assert_eq!(progress.is_silent(now, patience(1)), Some(false));
+        // A store that does not say when leaves it open.
+        (progress.closed, progress.put) = (false, None);
+        assert_eq!(progress.is_silent(now, patience(1)), None);
+        Ok(())
+    }
 }

@@ -287,6 +287,11 @@ impl Place for Bucket {
         }
     }
 
+    fn put_at(&self, key: &str) -> Option<Timestamp> {
+        let key = below(&self.prefix, key);
+        Bucket::statements(self).get(&key)?.last_modified
+    }
+
     fn statements(&self, prefix: &str) -> Option<serde_json::Value> {
         let folder = below(&self.prefix, prefix) + "/";
         let seen = Bucket::statements(self);

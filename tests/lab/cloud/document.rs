@@ -26,6 +26,8 @@ pub struct Step {
     pub script: String,
     /// Seconds.
     pub timeout: u64,
+    /// Its failure ends the document.
+    pub decides: bool,
 }
 
 /// Refuses what a host or the service would refuse, and what our own rules forbid: a parameter without a pattern, a step without a timeout or a
@@ -131,6 +133,10 @@ pub fn validate(document: &Value) -> Result<()> {
                 "{name}: {key} is no key of a step"
             );
         }
+        ensure!(
+            step.get("onFailure").is_none_or(|it| it == "exit"),
+            "{name}: onFailure is exit, or is not there"
+        );
         let action = step["action"].as_str().unwrap_or_default();
         ensure!(ACTIONS.contains(&action), "{name}: no action {action}");
         let condition = &step["precondition"]["StringEquals"];
@@ -291,6 +297,7 @@ pub fn render(document: &Value, given: &BTreeMap<String, String>, platform: &str
             } else {
                 3600
             },
+            decides: step["onFailure"] == "exit",
         });
     }
     Ok(steps)

@@ -173,6 +173,25 @@ impl Gate {
     }
 }
 
+/// What a call of Systems Manager is about: every one of them must be allowed. By a tag, it is some instance.
+fn resources(operation: &str, body: &[u8]) -> Vec<String> {
+    let body: Value = serde_json::from_slice(body).unwrap_or_default();
+    let arn = |service: &str, rest: &str| format!("arn:aws:{service}:us-east-1:123456789012:{rest}");
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    match operation {
+        "DescribeDocument" => vec![arn("ssm", &format!("document/{}", text(&body["Name"])))],
+        "SendCommand" => {
+            let ids = body["InstanceIds"].as_array().into_iter().flatten().map(text);
+            let ids = ids.chain(body["Targets"].is_array().then(|| "i-0any".to_owned()));
+            let mut all: Vec<String> = ids.map(|id| arn("ec2", &format!("instance/{id}"))).collect();
+            all.push(arn("ssm", &format!("document/{}", text(&body["DocumentName"]))));
+            all
+        }
+        // These take none.
+        _ => vec!["*".to_owned()],
+    }
+}
+
 impl Inside {
     fn handle(&self, request: &Request) -> Reply {
         match self.judge(request) {
@@ -198,18 +217,22 @@ impl Inside {
                 .rsplit('.')
                 .next()
                 .unwrap_or_default();
-            let question = Question {
-                action: &format!("{}:{operation}", claim.service),
-                resource: "*",
-                context: &BTreeMap::new(),
-            };
-            if let Err(why) = decide(&principal.policies, principal.session.as_ref(), None, &question)? {
-                let body = serde_json::json!({"__type": "AccessDeniedException", "message": why}).to_string();
-                return Ok(Reply::Whole(Response::new(
-                    400,
-                    "application/x-amz-json-1.1",
-                    body,
-                )));
+            let action = format!("{}:{operation}", claim.service);
+            for resource in resources(operation, &request.body) {
+                let question = Question {
+                    action: &action,
+                    resource: &resource,
+                    context: &BTreeMap::new(),
+                };
+                if let Err(why) = decide(&principal.policies, principal.session.as_ref(), None, &question)? {
+                    let why = format!("{action} on {resource}: {why}");
+                    let body = serde_json::json!({"__type": "AccessDeniedException", "message": why});
+                    return Ok(Reply::Whole(Response::new(
+                        400,
+                        "application/x-amz-json-1.1",
+                        body.to_string(),
+                    )));
+                }
             }
             return Ok(handler(request.clone()));
         }

@@ -1,15 +1,18 @@
 //! Systems Manager, as far as Run Command goes: documents with versions and hashes, SendCommand with ids, tags and rate control, invocations by the page,
-//! CancelCommand. Hosts either execute what they are sent, in a process group of their own, or come to a fate that a test gives them.
+//! CancelCommand. Hosts either execute what they are sent, in namespaces and a process group of their own, or come to a fate that a test gives them.
 //!
 //! Modelled on the real agent 3.3.0.0 and the service's model: a value that breaks its pattern fails the step before anything runs; output is empty until a
-//! step ends, and cut; any code but 0 is `Failed`; a step whose precondition does not hold is skipped and is a success.
+//! step ends, and cut; a step whose precondition does not hold is skipped and is a success. Any code but 0 is `Failed`, and the next step runs all the same,
+//! except (`agent/framework/runpluginutil` of that agent) that 168 ends the document well and erases what went to standard error, 169 ends it
+//! badly, and 194 restarts the host, which then runs the step again.
 
 use super::{
     document::{self, Step},
     http::{Handler, Reply, Request, Response},
+    namespaces::Namespaces,
     post::Post,
 };
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::{
@@ -28,6 +31,10 @@ use std::{
 const SHOWN: usize = 2500;
 /// Invocations on a page.
 const PAGE: usize = 50;
+/// Properties of instances on a page: how many the service gives, it does not say.
+const PROPERTIES: usize = 5;
+/// A host that restarts more often for one step is taken for one that always will.
+const RESTARTS: u32 = 3;
 
 /// What becomes of a command on a host.
 #[derive(Clone, Debug)]
@@ -63,6 +70,23 @@ pub struct Host {
     pub tags: BTreeMap<String, String>,
     /// What becomes of what it is sent.
     pub fate: Fate,
+    /// Its instance profile.
+    pub profile: Option<&'static str>,
+    /// `x86_64`.
+    pub architecture: &'static str,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Host {
+            id: String::new(),
+            platform: "Linux",
+            tags: BTreeMap::new(),
+            fate: Fate::Silent,
+            profile: Some("instances"),
+            architecture: "x86_64",
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -91,6 +115,8 @@ struct State {
     hosts: Vec<Host>,
     commands: BTreeMap<String, Sent>,
     next: u64,
+    /// It ends: no host is started any more.
+    closed: bool,
 }
 
 struct Inside {
@@ -100,6 +126,8 @@ struct Inside {
     /// One call in so many is throttled; none where this is zero.
     throttle: AtomicU64,
     folder: tempfile::TempDir,
+    /// Of each host that has executed anything.
+    machines: Mutex<BTreeMap<String, Namespaces>>,
     /// How `aws:downloadContent` comes by an object of S3, by the host's rights.
     download: Mutex<Option<Download>>,
 }
@@ -121,6 +149,7 @@ impl Ssm {
             calls: AtomicU64::new(0),
             throttle: AtomicU64::new(0),
             folder: tempfile::tempdir()?,
+            machines: Mutex::default(),
             download: Mutex::default(),
         });
         Ok(Ssm { inside })
@@ -158,6 +187,15 @@ impl Ssm {
         self.inside.calls.load(Ordering::SeqCst)
     }
 
+    /// True when every host is done with a command.
+    pub fn is_over(&self, command: &str) -> bool {
+        let state = self.inside.state();
+        state.commands.get(command).is_some_and(|sent| {
+            let mut each = sent.invocations.iter();
+            each.all(|one| !matches!(one.status, "Pending" | "InProgress" | "Cancelling"))
+        })
+    }
+
     /// Throttles one call of so many from here on.
     pub fn throttle(&self, one_in: u64) {
         self.inside.throttle.store(one_in, Ordering::SeqCst);
@@ -180,7 +218,8 @@ impl Ssm {
 impl Drop for Ssm {
     fn drop(&mut self) {
         let groups: Vec<i32> = {
-            let state = self.inside.state();
+            let mut state = self.inside.state();
+            state.closed = true;
             state
                 .commands
                 .values()
@@ -189,6 +228,7 @@ impl Drop for Ssm {
                 .collect()
         };
         groups.into_iter().for_each(kill);
+        self.inside.machines().clear();
     }
 }
 
@@ -214,6 +254,10 @@ impl Inside {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn machines(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Namespaces>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn handle(self: &Arc<Self>, request: &Request) -> Response {
         let calls = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let throttle = self.throttle.load(Ordering::SeqCst);
@@ -228,6 +272,7 @@ impl Inside {
         let answer = match operation {
             "DescribeDocument" => self.describe_document(&body),
             "DescribeInstanceInformation" => Ok(self.instances(&body)),
+            "DescribeInstanceProperties" => self.properties(&body),
             "SendCommand" => self.send(&body),
             "ListCommandInvocations" => self.list(&body),
             "GetCommandInvocation" => self.get(&body),
@@ -272,6 +317,34 @@ impl Inside {
             })
             .collect();
         paged(json!({"InstanceInformationList": page}), from + PAGE, hosts.len())
+    }
+
+    fn properties(&self, body: &Value) -> Answer {
+        let filters = body["InstancePropertyFilterList"].as_array();
+        let filters: Vec<&Value> = filters.into_iter().flatten().collect();
+        let takes =
+            |filter: &&Value| filter["key"] == "InstanceIds" && strings(&filter["valueSet"]).len() <= 40;
+        if !filters.iter().all(takes) {
+            return Err(("ValidationException", "InstancePropertyFilterList".to_owned()));
+        }
+        let state = self.state();
+        let fits = |host: &&Host| {
+            let mut sets = filters.iter().map(|filter| strings(&filter["valueSet"]));
+            sets.all(|ids| ids.contains(&&host.id[..]))
+        };
+        let hosts: Vec<&Host> = state.hosts.iter().filter(fits).collect();
+        let from = token(body);
+        let one = |host: &&Host| {
+            let in_ec2 = !host.id.starts_with("mi-");
+            let (profile, role) = (host.profile.filter(|_| in_ec2), host.profile.filter(|_| !in_ec2));
+            json!({"InstanceId": host.id, "InstanceRole": profile, "IamRole": role, "Architecture": host.architecture, "InstanceState": "running"})
+        };
+        let page: Vec<Value> = hosts.iter().skip(from).take(PROPERTIES).map(one).collect();
+        Ok(paged(
+            json!({"InstanceProperties": page}),
+            from + PROPERTIES,
+            hosts.len(),
+        ))
     }
 
     fn send(self: &Arc<Self>, body: &Value) -> Answer {
@@ -625,51 +698,93 @@ impl Run {
         let steps = document::render(&self.content, &self.given, host.platform)?;
         let (mut output, mut errors, mut code) = (String::new(), String::new(), 0);
         for step in &steps {
-            if step.action == "aws:downloadContent" {
-                if let Err(error) = self.download(step) {
-                    // A failed step ends the document: its `onFailure` is that of a plugin that says nothing else.
-                    (errors, code) = (format!("{error:#}"), 1);
-                    break;
-                }
-                continue;
+            if self.is_called_off(index) {
+                break;
             }
-            ensure!(
-                step.action == "aws:runShellScript",
-                "{}: this lab's hosts do not run {}",
-                step.name,
-                step.action
-            );
-            let ended = match &host.fate {
-                Fate::InGuest(post) => post.run(&step.script, Duration::from_secs(step.timeout))?,
-                Fate::Executes(environment) => self.script(index, host, step, environment)?,
-                _ => continue,
+            let (exit, mut said, mut wrong) = self.step(index, host, step)?;
+            let why = match exit {
+                168 => Some("Step exited with code 168. Therefore, marking step as succeeded."),
+                169 => Some("Step exited with code 169. Therefore, marking step as Failed."),
+                0 => None,
+                _ if step.decides => Some("Step was found to have onFailure property."),
+                _ => None,
             };
-            output += &ended.1;
-            errors += &ended.2;
-            if ended.0 != 0 {
-                code = ended.0;
+            if let Some(why) = why {
+                let why = format!("\n{why} Further document steps will be skipped.");
+                said += &why;
+                wrong += &why;
+            }
+            if exit == 168 {
+                wrong.clear();
+            } else if exit != 0 {
+                code = exit;
+            }
+            output += &said;
+            errors += &wrong;
+            if why.is_some() {
+                break;
             }
         }
-        let cancelled = self
-            .inside
-            .state()
-            .commands
-            .get(&self.command)
-            .is_some_and(|s| s.cancelled || s.invocations[index].status == "Cancelling");
         match code {
-            0 | 168 => self.end(
-                index,
-                "Success",
-                "Success",
-                code,
-                output,
-                if code == 168 { String::new() } else { errors },
-            ),
-            _ if cancelled => self.end(index, "Cancelled", "Cancelled", code, output, errors),
+            _ if self.is_called_off(index) => self.end(index, "Cancelled", "Cancelled", code, output, errors),
+            0 => self.end(index, "Success", "Success", code, output, errors),
             124 => self.end(index, "TimedOut", "Execution Timed Out", -1, output, errors),
             _ => self.end(index, "Failed", "Failed", code, output, errors),
         }
         Ok(())
+    }
+
+    /// True once it was cancelled, or the service ended: nothing more is begun then.
+    fn is_called_off(&self, index: usize) -> bool {
+        let state = self.inside.state();
+        let sent = state.commands.get(&self.command);
+        let sent = sent.filter(|s| !s.cancelled);
+        let one = sent.and_then(|s| s.invocations.get(index));
+        state.closed || one.is_none_or(|one| matches!(one.status, "Cancelling" | "Cancelled"))
+    }
+
+    /// Its code, and what it said on standard output and on standard error.
+    fn step(&self, index: usize, host: &Host, step: &Step) -> Result<(i32, String, String)> {
+        if step.action == "aws:downloadContent" {
+            let done = self.download(step);
+            return Ok(match done {
+                Ok(()) => (0, String::new(), String::new()),
+                Err(error) => (1, String::new(), format!("{error:#}")),
+            });
+        }
+        ensure!(
+            step.action == "aws:runShellScript",
+            "{}: this lab's hosts do not run {}",
+            step.name,
+            step.action
+        );
+        let environment = match &host.fate {
+            Fate::InGuest(post) => {
+                let ended = post.run(&step.script, Duration::from_secs(step.timeout))?;
+                ensure!(ended.0 != 194, "this lab's guests are not restarted");
+                return Ok(ended);
+            }
+            Fate::Executes(environment) => environment,
+            other => bail!("{other:?} executes nothing"),
+        };
+        for _ in 0..=RESTARTS {
+            let ended = self.script(index, host, step, environment)?;
+            if ended.0 != 194 || self.is_called_off(index) {
+                return Ok(ended);
+            }
+            self.inside.machines().remove(&host.id);
+        }
+        bail!("{}: restarts {} again and again", step.name, host.id)
+    }
+
+    /// What runs on a host, ready for a program; the host is started where it is not up.
+    fn on(&self, host: &Host) -> Result<Command> {
+        let mut machines = self.inside.machines();
+        ensure!(!self.inside.state().closed, "the lab is closed");
+        if !machines.contains_key(&host.id) {
+            machines.insert(host.id.clone(), Namespaces::start(&format!("{}.lab", host.id))?);
+        }
+        Ok(machines.get(&host.id).context("no machine")?.command())
     }
 
     /// As the SSM agent does it: into the destination where that is a folder, else under that name.
@@ -704,7 +819,9 @@ impl Run {
             .path()
             .join(format!("{}-{}-{}.sh", self.command, host.id, step.name));
         std::fs::write(&path, &step.script)?;
-        let mut child = Command::new("sh")
+        let mut child = self
+            .on(host)?
+            .arg("sh")
             .arg(&path)
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
@@ -766,5 +883,150 @@ impl Run {
             String::from_utf8_lossy(&text).into_owned(),
             String::from_utf8_lossy(&errors).into_owned(),
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A document of two steps sent to one host that executes it; when it is over: status, output, errors.
+    fn sent(ssm: &Ssm, first: &str, more: Value) -> Result<(String, String, String)> {
+        let mut document = json!({
+            "schemaVersion": "2.2",
+            "description": "a test",
+            "mainSteps": [
+                {"name": "first", "action": "aws:runShellScript", "precondition": {"StringEquals": ["platformType", "Linux"]}, "inputs": {"timeoutSeconds": "60", "runCommand": [first]}},
+                {"name": "second", "action": "aws:runShellScript", "precondition": {"StringEquals": ["platformType", "Linux"]}, "inputs": {"timeoutSeconds": "60", "runCommand": ["echo second"]}}
+            ]
+        });
+        for (key, value) in more.as_object().into_iter().flatten() {
+            document["mainSteps"][0][key] = value.clone();
+        }
+        ssm.document("Test", document)?;
+        let answer = |operation: &str, body: Value| -> Result<Value> {
+            let request = Request {
+                method: "POST".to_owned(),
+                path: "/".to_owned(),
+                query: String::new(),
+                headers: [("x-amz-target".to_owned(), format!("AmazonSSM.{operation}"))].into(),
+                body: body.to_string().into_bytes(),
+            };
+            Ok(serde_json::from_slice(&ssm.inside.handle(&request).body)?)
+        };
+        let sent = answer(
+            "SendCommand",
+            json!({"DocumentName": "Test", "InstanceIds": ["i-1"]}),
+        )?;
+        let of = json!({"CommandId": sent["Command"]["CommandId"], "InstanceId": "i-1"});
+        let began = Instant::now();
+        loop {
+            let one = answer("GetCommandInvocation", of.clone())?;
+            let text = |key: &str| one[key].as_str().unwrap_or_default().to_owned();
+            if ["Success", "Failed"].contains(&&text("Status")[..]) {
+                return Ok((
+                    text("Status"),
+                    text("StandardOutputContent"),
+                    text("StandardErrorContent"),
+                ));
+            }
+            ensure!(began.elapsed() < Duration::from_secs(60), "{one}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn service() -> Result<Ssm> {
+        let ssm = Ssm::new()?;
+        ssm.host(Host {
+            id: "i-1".to_owned(),
+            fate: Fate::Executes(Vec::new()),
+            ..Host::default()
+        });
+        Ok(ssm)
+    }
+
+    #[test]
+    fn codes_end_a_document_as_the_agent_has_it() -> Result<()> {
+        let ssm = service()?;
+        for (code, status, goes_on, wrong) in [
+            (0, "Success", true, "wrong\n"),
+            (1, "Failed", true, "wrong\n"),
+            (168, "Success", false, ""),
+            (
+                169,
+                "Failed",
+                false,
+                "wrong\n\nStep exited with code 169. Therefore, marking step as Failed. Further document steps will be skipped.",
+            ),
+        ] {
+            let script = format!("echo first; echo wrong >&2; exit {code}");
+            let (ended, output, errors) = sent(&ssm, &script, Value::Null)?;
+            assert_eq!((&ended[..], &errors[..]), (status, wrong), "{code}");
+            assert!(output.starts_with("first\n"), "{code}: {output}");
+            assert_eq!(output.contains("second"), goes_on, "{code}: {output}");
+        }
+        let (ended, output, _) = sent(&ssm, "exit 1", json!({"onFailure": "exit"}))?;
+        assert_eq!(ended, "Failed");
+        assert!(
+            output.contains("onFailure") && !output.contains("second"),
+            "{output}"
+        );
+        Ok(())
+    }
+
+    /// Processes of this machine that were started by this, wherever they run.
+    fn running(command: &str) -> usize {
+        let line = command.replace(' ', "\0") + "\0";
+        let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        all.filter(|entry| std::fs::read(entry.path().join("cmdline")).is_ok_and(|l| l == line.as_bytes()))
+            .count()
+    }
+
+    /// A command that nobody else runs.
+    fn sleep(seconds: u32) -> String {
+        format!("sleep {seconds}{}", std::process::id())
+    }
+
+    #[test]
+    fn a_host_that_restarts_runs_its_step_again() -> Result<()> {
+        let ssm = service()?;
+        let folder = tempfile::tempdir()?;
+        let mark = folder.path().join("mark").display().to_string();
+        let left = sleep(1);
+        let first = format!("{left} >/dev/null 2>&1 & echo first");
+        assert_eq!(sent(&ssm, &first, Value::Null)?.0, "Success");
+        assert_eq!(running(&left), 1);
+        let script = format!("if [ -e {mark} ]; then echo again; else : > {mark}; exit 194; fi");
+        let (ended, output, _) = sent(&ssm, &script, Value::Null)?;
+        assert_eq!((&ended[..], &output[..]), ("Success", "again\nsecond\n"));
+        assert_eq!(running(&left), 0, "it outlived the restart");
+        let (ended, _, errors) = sent(&ssm, "exit 194", Value::Null)?;
+        assert_eq!(ended, "Failed");
+        assert!(errors.contains("again and again"), "{errors}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_host_is_one_of_its_own() -> Result<()> {
+        let ssm = service()?;
+        let left = sleep(2);
+        let look = format!(
+            "readlink /proc/self/ns/pid /proc/self/ns/mnt /proc/self/ns/uts /proc/self/ns/ipc; cat /proc/sys/kernel/hostname; {left} >/dev/null 2>&1 &"
+        );
+        let (_, output, errors) = sent(&ssm, &look, Value::Null)?;
+        let seen: Vec<&str> = output.lines().collect();
+        for (kind, theirs) in ["pid", "mnt", "uts", "ipc"].iter().zip(&seen) {
+            let ours = std::fs::read_link(format!("/proc/self/ns/{kind}"))?;
+            assert!(theirs.starts_with(&format!("{kind}:[")), "{output}{errors}");
+            assert_ne!(ours.as_os_str(), *theirs);
+        }
+        assert_eq!(seen.get(4), Some(&"i-1.lab"), "{output}");
+        // What a command leaves behind is there for the next, and gone with the host.
+        let again = "cat /proc/[0-9]*/cmdline | tr '\\0' ' '";
+        assert!(sent(&ssm, again, Value::Null)?.1.contains(&left));
+        assert_eq!(running(&left), 1);
+        drop(ssm);
+        assert_eq!(running(&left), 0, "it outlives its host");
+        Ok(())
     }
 }

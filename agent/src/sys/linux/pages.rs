@@ -416,10 +416,22 @@ mod ed25519_key {
         std::hint::black_box(&mut [0u8; super::VAULT / 2]);
     }
 
-    /// Signs further down on this stack: in the caller's own frame, what is made of the key would not be cleared.
+    // Both further down on this stack: in the caller's own frame, what is made of the key would not be cleared.
+
+    #[inline(never)]
+    fn expand(seed: &[u8; 32]) -> CaptureKey {
+        CaptureKey::from_seed(seed)
+    }
+
     #[inline(never)]
     fn sign(key: &CaptureKey, message: String) -> Signed {
         key.sign(message)
+    }
+
+    /// What a thread that waits had in its vector registers, the kernel keeps beside its other data: in the image.
+    fn clear() {
+        clear_stack();
+        super::clear_vector_registers();
     }
 
     /// Makes the key and signs until nobody asks any more.
@@ -433,16 +445,18 @@ mod ed25519_key {
         if getrandom::fill(&mut seed).is_err() {
             return;
         }
-        let key = CaptureKey::from_seed(&seed);
+        let key = expand(&seed);
         let told = shown.then_some(seed);
         seed.fill(0);
+        clear();
         let _ = ready.send((key.public(), told));
         loop {
-            clear_stack();
-            // What a thread that waits had in its vector registers, the kernel keeps beside its other data: in the image.
-            super::clear_vector_registers();
+            clear();
             let Ok(message) = asked.recv() else { return };
-            if answer.send(sign(&key, message)).is_err() {
+            let signed = sign(&key, message);
+            // Before whoever waits for it is woken, perhaps in this thread's place.
+            clear();
+            if answer.send(signed).is_err() {
                 return;
             }
         }

@@ -3,6 +3,7 @@
 use super::{Args, orderer};
 use crate::{
     aws::{
+        caller,
         session::{ADDRESS_SECONDS, Lender, Session},
         ssm::{Document, Host, Spread, Ssm, Targets},
     },
@@ -206,6 +207,14 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         .clone()
         .or_else(|| std::env::var("AWS_REGION").ok())
         .context("--region or AWS_REGION: the hosts must be told where the store is")?;
+    // The document and the host learn a name; who that is to AWS, whoever is on the host need not know.
+    let caller = match caller(&args.at.aws.reach()) {
+        Ok(arn) => Some(arn),
+        Err(error) => {
+            ui.warn(&format!("the order does not say who you are to AWS: {error:#}"));
+            None
+        }
+    };
     // Seconds are enough, and all that the document takes.
     let ordered_at = Timestamp::from_second(Timestamp::now().as_second())?;
     let mut order = Order {
@@ -215,6 +224,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         store: store_name.to_owned(),
         nonce: uuid::Uuid::new_v4().simple().to_string(),
         ordered_by: orderer(),
+        caller,
         ordered_at,
         targets,
         document,
@@ -264,7 +274,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     if remote.plan {
         let plan = Plan {
             capture: order.capture,
-            hosts: ssm.hosts(&order.targets)?,
+            hosts: ssm.hosts(&order.targets, usize::MAX)?,
             document: &order.document,
             targets: &order.targets,
             agent_sha256: &order.agent_sha256,
@@ -275,6 +285,12 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         ui.print(&plan, || text(&plan));
         let nobody = plan.hosts.as_ref().is_some_and(Vec::is_empty);
         return Ok(if nobody { 5 } else { 0 });
+    }
+    // Such an order is taken, and nothing comes of it. It is sent all the same: a tag may be newer than what is known here of it.
+    if matches!(order.targets, Targets::Keys(_))
+        && matches!(ssm.hosts(&order.targets, 1), Ok(Some(hosts)) if hosts.is_empty())
+    {
+        ui.warn("Systems Manager knows no host in this region with that tag (with all of them, where several are given); --instance names a host by its id");
     }
     let store = Store::open(&args.at)?;
     order
