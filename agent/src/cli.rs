@@ -438,6 +438,25 @@ struct Told {
 /// What the one line begins with.
 const RESULT: &str = "stillframe-result";
 
+/// Characters of the reason: the line must be whole in what Systems Manager shows of an output.
+const REASON: usize = 600;
+
+/// What of the capture is not as it was asked for; nothing where all is.
+fn missing(chain: &Chain) -> Option<String> {
+    let list: Vec<String> = chain
+        .outcomes()
+        .filter(|outcome| !outcome.is_good())
+        .map(|outcome| {
+            let reason = outcome.reason.as_ref().map(ToString::to_string);
+            let reason = reason.or_else(|| Some(outcome.problems.first()?.to_string()));
+            let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+            format!("{} {}{reason}", outcome.kind, outcome.status)
+        })
+        .collect();
+    let all = list.join("; ");
+    (!all.is_empty()).then(|| all.chars().take(REASON).collect())
+}
+
 fn tell_result(id: CaptureId, result: &Result<Chain, capture::Failure>) -> ExitCode {
     let told = match result {
         Ok(chain) => {
@@ -451,7 +470,7 @@ fn tell_result(id: CaptureId, result: &Result<Chain, capture::Failure>) -> ExitC
                 },
                 key: Some(chain.key()),
                 events: chain.events().len(),
-                why: stopped,
+                why: stopped.or_else(|| missing(chain)),
             }
         }
         Err(failure) => Told {

@@ -178,19 +178,8 @@ impl Store {
 
     /// The order that `name` means, as it was written down.
     pub fn order(&self, name: &str) -> Result<Vec<u8>> {
-        let mut found = Vec::new();
-        for case in self.place.folders("cases")? {
-            let Ok(case) = case.parse::<CaseName>() else {
-                continue;
-            };
-            for id in self.place.folders(&format!("cases/{case}"))? {
-                let Ok(id) = id.parse::<CaptureId>() else { continue };
-                if name == "latest" || (!name.is_empty() && id.to_string().starts_with(name)) {
-                    found.push((id.minted(), id, case.clone()));
-                }
-            }
-        }
-        found.sort();
+        let mut found =
+            self.orders(|id| name == "latest" || (!name.is_empty() && id.to_string().starts_with(name)))?;
         if name == "latest" {
             // Cases hold salvage records of captures that nobody ordered from here, too.
             found.retain(|(_, id, case)| self.place.get(&order_key(case, *id), MAX_ORDER).is_ok());
@@ -207,6 +196,27 @@ impl Store {
         }
     }
 
+    /// Folders of cases, in the order in which their captures were minted.
+    fn orders(
+        &self,
+        wanted: impl Fn(CaptureId) -> bool,
+    ) -> Result<Vec<(Option<Timestamp>, CaptureId, CaseName)>> {
+        let mut found = Vec::new();
+        for case in self.place.folders("cases")? {
+            let Ok(case) = case.parse::<CaseName>() else {
+                continue;
+            };
+            for id in self.place.folders(&format!("cases/{case}"))? {
+                let Ok(id) = id.parse::<CaptureId>() else { continue };
+                if wanted(id) {
+                    found.push((id.minted(), id, case.clone()));
+                }
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
     /// Writes an order down.
     pub fn keep_order(&self, case: &CaseName, capture: CaptureId, order: &[u8]) -> Result<()> {
         self.place.keep(&order_key(case, capture), order)
@@ -216,9 +226,15 @@ impl Store {
     pub fn find(&self, name: &str) -> Result<Stored> {
         let mut captures = self.captures()?;
         if name == "latest" {
-            return captures
-                .pop()
-                .ok_or_else(|| anyhow!("no capture in {}", self.place.name()));
+            let latest = captures.pop();
+            // Another capture must not answer for the one that was ordered last.
+            let newer = |id: CaptureId| latest.as_ref().is_none_or(|one| id.minted() > one.id.minted());
+            if let Some((_, id, case)) = self.orders(newer)?.pop() {
+                bail!(
+                    "the latest order is {id} of case {case}, and no host has stored anything of it; name an older capture by its id: `stillframe list` shows those there are"
+                );
+            }
+            return latest.ok_or_else(|| anyhow!("no capture in {}", self.place.name()));
         }
         let mut matching: Vec<Stored> = captures
             .into_iter()

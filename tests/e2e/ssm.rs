@@ -407,30 +407,65 @@ fn the_memory_of_a_guest_that_was_ordered_opens_in_volatility() {
 }
 
 #[test]
-fn an_order_for_nobody_says_so() {
+fn what_was_not_sent_is_said_to_be_so() {
+    // A bucket of its own: `latest` is looked at.
+    let cloud = Cloud::start().unwrap();
+    let (agent, url) = (agent(), cloud.gate.url());
+    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let keys = || {
+        let (status, list) = responder(&cloud, &format!("{BUCKET}?list-type=2&prefix=cases%2F"));
+        assert_eq!(status, 200, "{list}");
+        list.matches("<Key>").count()
+    };
+    // Nobody has that tag.
+    let mut arguments = order(&agent, &url, &[]);
+    (arguments[1], arguments[2]) = ("--tag", "Role=nobody");
+    let refused = cloud.controller(&arguments).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(said(&refused).contains("with that tag"), "{refused:?}");
+    // No such profile.
+    let refused = cloud
+        .controller(&order(&agent, &url, &["--profile", "everything"]))
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert_eq!(keys(), 0, "they were written down");
+    // A capture that is there does not answer for an order that came to nothing.
+    let output = cloud.controller(&order(&agent, &url, &["--watch"])).unwrap();
+    let id = json_of(&output)["capture"].as_str().unwrap().to_owned();
+    assert_eq!(cloud.verify("latest", &[]).unwrap().2["capture"], id);
+    let mut arguments = order(&agent, &url, &[]);
+    arguments[2] = "i-0nothere";
+    let refused = cloud.controller(&arguments).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(
+        said(&refused).contains("InvalidInstanceId") && said(&refused).contains("stillframe doctor"),
+        "{refused:?}"
+    );
+    let status = cloud.controller(&["status", "latest"]).unwrap();
+    assert!(said(&status).contains("InvalidInstanceId"), "{status:?}");
+    let verified = cloud.controller(&["verify", "latest"]).unwrap();
+    assert_eq!(verified.status.code(), Some(2), "{verified:?}");
+    assert!(said(&verified).contains("the latest order is"), "{verified:?}");
+}
+
+/// An order for memory that got none says so, and why.
+#[test]
+fn what_is_missing_is_told_by_systems_manager() {
+    let _alone = alone();
     let cloud = cloud();
     let (agent, url) = (agent(), cloud.gate.url());
-    for (tag, warned) in [("Role=nobody", true), ("Fleet=gone", false)] {
-        // Sent all the same: what is known of a tag may be older than the tag.
-        if !warned {
-            cloud.ssm.host(Host {
-                id: "i-0gone".to_owned(),
-                tags: [("Fleet".to_owned(), "gone".to_owned())].into(),
-                fate: Fate::Undeliverable,
-                ..Host::default()
-            });
-        }
-        let mut arguments = order(&agent, &url, &[]);
-        (arguments[1], arguments[2]) = ("--tag", tag);
-        let sent = cloud.controller(&arguments).unwrap();
-        assert_eq!(sent.status.code(), Some(0), "{sent:?}");
-        let said = String::from_utf8_lossy(&sent.stderr).into_owned();
-        assert_eq!(
-            said.contains("knows no host in this region with that tag"),
-            warned,
-            "{said}"
-        );
-    }
+    let output = cloud
+        .controller(&order(&agent, &url, &["--profile", "memory", "--watch"]))
+        .unwrap();
+    assert_eq!(output.status.code(), Some(5), "{output:?}");
+    let why = json_of(&output)["hosts"][0]["told"]["why"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        why.contains("memory unsupported (") && why.contains("/proc/kcore"),
+        "{why}"
+    );
 }
 
 /// Its policy lets a responder order by the project's documents, and run nothing else.

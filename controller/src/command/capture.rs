@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long, default_value = "unassigned")]
     case: CaseName,
     /// What to collect: triage; memory, between two looks at what is volatile; full, which is both
-    #[arg(long, default_value = "triage")]
+    #[arg(long, default_value = "triage", value_parser = ["triage", "memory", "full"])]
     profile: String,
     /// The agent to run, when it is not the one beside this program
     #[arg(long)]

@@ -13,7 +13,10 @@ use anyhow::{Result, bail};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use stillframe_evidence::layout::{CaptureId, CaseName};
+use stillframe_evidence::{
+    layout::{CaptureId, CaseName},
+    text::printable,
+};
 
 /// An order.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -50,6 +53,9 @@ pub struct Order {
     pub loans: BTreeMap<String, Loan>,
     /// The ids that Systems Manager gave it: one, or one a host where credentials are lent; nothing until it was sent.
     pub commands: Vec<String>,
+    /// Why nothing of it was sent.
+    #[serde(default)]
+    pub refused: Option<String>,
 }
 
 impl Order {
@@ -71,6 +77,9 @@ impl Order {
 
     /// The commands, once they were sent.
     pub fn commands(&self) -> Result<&[String]> {
+        if let Some(why) = &self.refused {
+            bail!("{}: {}", self.capture, printable(why.as_bytes()));
+        }
         if self.commands.is_empty() {
             bail!(
                 "the order {} was written down, and no command of it: it was not sent, or the answer was lost; look for its comment in Run Command's history",

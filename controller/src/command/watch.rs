@@ -449,9 +449,10 @@ fn table(view: &View, hosts: bool) -> String {
         );
     }
     lines.push(format!(
-        "{:<16}  {}: {}{}",
+        "{:<16}  {}{}{}{}",
         "hosts",
         count(view.hosts.len(), "host"),
+        if view.hosts.is_empty() { "" } else { ": " },
         counted(&view.counts),
         match view.hosts.iter().filter(|host| host.lost == Some(true)).count() {
             0 => String::new(),

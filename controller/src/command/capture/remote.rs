@@ -103,7 +103,7 @@ pub enum Credentials {
 }
 
 impl Remote {
-    fn session(&self) -> Result<Option<Session>> {
+    fn session(&self, store: &str) -> Result<Option<Session>> {
         if self.credentials == Credentials::Role {
             if self.session_role.is_some() || self.order_bucket.is_some() {
                 bail!("--session-role and --order-bucket are for --credentials session");
@@ -116,6 +116,11 @@ impl Remote {
         let (Some(role), Some(bucket)) = (self.session_role.clone(), self.order_bucket.clone()) else {
             bail!("--credentials session needs --session-role and --order-bucket");
         };
+        if store.split('/').nth(2) == Some(bucket.as_str()) {
+            bail!(
+                "--order-bucket {bucket}: that is the bucket of the evidence, where nothing can be taken back"
+            );
+        }
         Ok(Some(Session {
             role,
             bucket,
@@ -230,9 +235,10 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         document,
         agent_sha256,
         agent: remote.agent_path.clone(),
-        session: remote.session()?,
+        session: remote.session(store_name)?,
         loans: BTreeMap::new(),
         commands: Vec::new(),
+        refused: None,
     };
     let mut parameters: BTreeMap<&'static str, String> = [
         ("CaptureId", order.capture.to_string()),
@@ -286,11 +292,13 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         let nobody = plan.hosts.as_ref().is_some_and(Vec::is_empty);
         return Ok(if nobody { 5 } else { 0 });
     }
-    // Such an order is taken, and nothing comes of it. It is sent all the same: a tag may be newer than what is known here of it.
+    // Such an order is taken, and nothing comes of it. Where this may not be asked, it is sent all the same.
     if matches!(order.targets, Targets::Keys(_))
         && matches!(ssm.hosts(&order.targets, 1), Ok(Some(hosts)) if hosts.is_empty())
     {
-        ui.warn("Systems Manager knows no host in this region with that tag (with all of them, where several are given); --instance names a host by its id");
+        bail!(
+            "Systems Manager knows no host in this region with that tag (with all of them, where several are given), and nothing was sent; --instance names a host by its id"
+        );
     }
     let store = Store::open(&args.at)?;
     order
@@ -309,7 +317,14 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let sent = send(&mut order, args, &ssm, &store, &mut parameters, &spread, &comment);
     let code = match sent {
         Ok(()) => 0,
-        Err(error) if order.commands.is_empty() => return Err(error),
+        Err(error) if order.commands.is_empty() => {
+            let error = error.context("the order was not sent: stillframe doctor says what of it would fail");
+            order.refused = Some(format!("{error:#}"));
+            if let Err(why) = order.keep(&store) {
+                ui.warn(&format!("that it was refused could not be written down: {why:#}"));
+            }
+            return Err(error);
+        }
         // Others are at work already.
         Err(error) => {
             ui.warn(&format!("not every host got the order: {error:#}"));
