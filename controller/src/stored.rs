@@ -227,9 +227,18 @@ impl Store {
         let mut captures = self.captures()?;
         if name == "latest" {
             let latest = captures.pop();
-            // Another capture must not answer for the one that was ordered last.
-            let newer = |id: CaptureId| latest.as_ref().is_none_or(|one| id.minted() > one.id.minted());
-            if let Some((_, id, case)) = self.orders(newer)?.pop() {
+            // Another capture must not answer for the one that was ordered last. Of an id that does not say when it was minted, nobody knows.
+            let newer = |id: CaptureId| match &latest {
+                Some(latest) => latest
+                    .id
+                    .minted()
+                    .is_some_and(|minted| id.minted() > Some(minted)),
+                None => true,
+            };
+            let is_order = |(_, id, case): &(_, CaptureId, CaseName)| {
+                self.place.get(&order_key(case, *id), MAX_ORDER).is_ok()
+            };
+            if let Some((_, id, case)) = self.orders(newer)?.into_iter().rev().find(is_order) {
                 bail!(
                     "the latest order is {id} of case {case}, and no host has stored anything of it; name an older capture by its id: `stillframe list` shows those there are"
                 );
