@@ -106,9 +106,12 @@ fn an_order_becomes_a_verified_capture() {
     let _alone = alone();
     let cloud = cloud();
     let (agent, url) = (agent(), cloud.gate.url());
+    let mode = || std::os::unix::fs::MetadataExt::mode(&fs::metadata(&agent).unwrap());
+    let before = mode();
     let output = cloud
         .controller(&order(&agent, &url, &["--case", "C-17", "--watch"]))
         .unwrap();
+    assert_eq!(mode(), before, "an agent that is ready is left as it is");
     let view = json_of(&output);
     let host = &view["hosts"][0];
     let outcome = host["told"]["outcome"].as_str().unwrap();
