@@ -10,7 +10,7 @@ use bucket::Bucket;
 use directory::Directory;
 use jiff::Timestamp;
 use serde::Serialize;
-use std::sync::Arc;
+use std::{str::FromStr, sync::Arc};
 use stillframe_evidence::{
     chain::{Chain, Closing, Event, MAX_EVENT, Outcome},
     frames::{MAX_SEGMENT, Segment},
@@ -126,12 +126,8 @@ impl Store {
     /// Every capture, in the order in which they were begun.
     pub fn captures(&self) -> Result<Vec<Stored>> {
         let mut found = Vec::new();
-        for writer in self.place.folders("evidence")? {
-            let Ok(writer) = writer.parse::<Writer>() else {
-                continue;
-            };
-            for id in self.place.folders(&format!("evidence/{writer}"))? {
-                let Ok(id) = id.parse::<CaptureId>() else { continue };
+        for writer in self.named::<Writer>("evidence")? {
+            for id in self.named::<CaptureId>(&format!("evidence/{writer}"))? {
                 found.push(Stored {
                     id,
                     writer: writer.clone(),
@@ -150,10 +146,7 @@ impl Store {
 
     /// The capture of one host of an order, once it has begun: whose writer the store names by that instance.
     pub fn of_host(&self, capture: CaptureId, instance: &str) -> Result<Option<Stored>> {
-        for writer in self.place.folders("evidence")? {
-            let Ok(writer) = writer.parse::<Writer>() else {
-                continue;
-            };
+        for writer in self.named::<Writer>("evidence")? {
             let is_its = writer
                 .as_str()
                 .rsplit_once(':')
@@ -178,15 +171,16 @@ impl Store {
 
     /// The order that `name` means, as it was written down.
     pub fn order(&self, name: &str) -> Result<Vec<u8>> {
-        let mut found =
-            self.orders(|id| name == "latest" || (!name.is_empty() && id.to_string().starts_with(name)))?;
         if name == "latest" {
-            // Cases hold salvage records of captures that nobody ordered from here, too.
-            found.retain(|(_, id, case)| self.place.get(&order_key(case, *id), MAX_ORDER).is_ok());
+            return match self.newest_order(|_| true)? {
+                Some((.., order)) => Ok(order),
+                None => bail!("no order in {}", self.place.name()),
+            };
         }
+        let mut found = self.orders(|id| !name.is_empty() && id.to_string().starts_with(name))?;
         match (found.pop(), found.len()) {
             (None, _) => bail!("no order {name} in {}", self.place.name()),
-            (Some(_), more) if more > 0 && name != "latest" => {
+            (Some(_), more) if more > 0 => {
                 bail!("{name} is the beginning of {} orders; give more of it", more + 1)
             }
             (Some((_, id, case)), _) => self
@@ -202,19 +196,31 @@ impl Store {
         wanted: impl Fn(CaptureId) -> bool,
     ) -> Result<Vec<(Option<Timestamp>, CaptureId, CaseName)>> {
         let mut found = Vec::new();
-        for case in self.place.folders("cases")? {
-            let Ok(case) = case.parse::<CaseName>() else {
-                continue;
-            };
-            for id in self.place.folders(&format!("cases/{case}"))? {
-                let Ok(id) = id.parse::<CaptureId>() else { continue };
-                if wanted(id) {
-                    found.push((id.minted(), id, case.clone()));
-                }
-            }
+        for case in self.named::<CaseName>("cases")? {
+            let ids = self.named::<CaptureId>(&format!("cases/{case}"))?;
+            let ids = ids.into_iter().filter(|id| wanted(*id));
+            found.extend(ids.map(|id| (id.minted(), id, case.clone())));
         }
         found.sort();
         Ok(found)
+    }
+
+    /// The order that was minted last: cases hold salvage records of captures that nobody ordered from here, too.
+    fn newest_order(
+        &self,
+        wanted: impl Fn(CaptureId) -> bool,
+    ) -> Result<Option<(CaptureId, CaseName, Vec<u8>)>> {
+        let read = |(_, id, case): (_, CaptureId, CaseName)| {
+            let order = self.place.get(&order_key(&case, id), MAX_ORDER).ok()?;
+            Some((id, case, order))
+        };
+        Ok(self.orders(wanted)?.into_iter().rev().find_map(read))
+    }
+
+    /// What lies directly below a prefix, as far as it has a name of that kind.
+    fn named<T: FromStr>(&self, prefix: &str) -> Result<Vec<T>> {
+        let folders = self.place.folders(prefix)?;
+        Ok(folders.iter().filter_map(|folder| folder.parse().ok()).collect())
     }
 
     /// Writes an order down.
@@ -235,10 +241,7 @@ impl Store {
                     .is_some_and(|minted| id.minted() > Some(minted)),
                 None => true,
             };
-            let is_order = |(_, id, case): &(_, CaptureId, CaseName)| {
-                self.place.get(&order_key(case, *id), MAX_ORDER).is_ok()
-            };
-            if let Some((_, id, case)) = self.orders(newer)?.into_iter().rev().find(is_order) {
+            if let Some((id, case, _)) = self.newest_order(newer)? {
                 bail!(
                     "the latest order is {id} of case {case}, and no host has stored anything of it; name an older capture by its id: `stillframe list` shows those there are"
                 );

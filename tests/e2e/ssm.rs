@@ -1,11 +1,12 @@
 //! From an order to a verified capture: the unmodified programs through the unmodified SDK, Systems Manager as the only way in, S3 as the only way out.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use memchr::memmem::Finder;
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Command, Output, Stdio},
     sync::{Mutex, MutexGuard, OnceLock},
@@ -61,6 +62,11 @@ fn json_of(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
 }
 
+/// What it said of what went wrong.
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
 /// Orders and does not wait.
 fn ordered(cloud: &Cloud, more: &[&str]) -> String {
     let (agent, url) = (agent(), cloud.gate.url());
@@ -102,16 +108,16 @@ fn wait_for(cloud: &Cloud, id: &str, wanted: &[&str]) -> Value {
 }
 
 #[test]
-fn an_order_becomes_a_verified_capture() {
+fn an_order_becomes_a_verified_capture() -> Result<()> {
     let _alone = alone();
     let cloud = cloud();
     let (agent, url) = (agent(), cloud.gate.url());
-    let mode = || std::os::unix::fs::MetadataExt::mode(&fs::metadata(&agent).unwrap());
-    let before = mode();
+    let mode = || fs::metadata(&agent).map(|file| file.mode());
+    let before = mode()?;
     let output = cloud
         .controller(&order(&agent, &url, &["--case", "C-17", "--watch"]))
         .unwrap();
-    assert_eq!(mode(), before, "an agent that is ready is left as it is");
+    assert_eq!(mode()?, before, "an agent that is ready is left as it is");
     let view = json_of(&output);
     let host = &view["hosts"][0];
     let outcome = host["told"]["outcome"].as_str().unwrap();
@@ -159,6 +165,7 @@ fn an_order_becomes_a_verified_capture() {
         (code, &again["hosts"][0]["state"]),
         (output.status.code(), &host["state"])
     );
+    Ok(())
 }
 
 /// A host whose own role has no right writes with a session that is lent to it, renewed while it works, and good for this capture alone.
@@ -190,12 +197,10 @@ fn credentials_are_lent_for_one_capture() -> Result<()> {
     };
     // Another role is not the responder's to lend, and nothing is sent then.
     let refused = cloud.controller(&lending("arn:aws:iam::123456789012:role/other"))?;
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    assert!(
-        said.contains("AccessDenied") && said.contains("role/other"),
-        "{said}"
-    );
+    for part in ["AccessDenied", "role/other"] {
+        assert!(said(&refused).contains(part), "{refused:?}");
+    }
     let arguments = lending(SESSION_ROLE);
     // Shorter than the capture: without new ones it could not end.
     cloud.gate.principals.shorten_sessions(40);
@@ -410,84 +415,89 @@ fn the_memory_of_a_guest_that_was_ordered_opens_in_volatility() {
 }
 
 #[test]
-fn what_was_not_sent_is_said_to_be_so() {
+fn what_was_not_sent_is_said_to_be_so() -> Result<()> {
     // A bucket of its own: `latest` is looked at.
-    let cloud = Cloud::start().unwrap();
+    let cloud = Cloud::start()?;
     let (agent, url) = (agent(), cloud.gate.url());
-    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
     let keys = || {
         let (status, list) = responder(&cloud, &format!("{BUCKET}?list-type=2&prefix=cases%2F"));
         assert_eq!(status, 200, "{list}");
         list.matches("<Key>").count()
     };
+    let to = |kind: &'static str, whom: &'static str| {
+        let mut arguments = order(&agent, &url, &[]);
+        (arguments[1], arguments[2]) = (kind, whom);
+        cloud.controller(&arguments)
+    };
     // Nobody has that tag.
-    let mut arguments = order(&agent, &url, &[]);
-    (arguments[1], arguments[2]) = ("--tag", "Role=nobody");
-    let refused = cloud.controller(&arguments).unwrap();
+    let refused = to("--tag", "Role=nobody")?;
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
     assert!(said(&refused).contains("with that tag"), "{refused:?}");
     // No such profile.
-    let refused = cloud
-        .controller(&order(&agent, &url, &["--profile", "everything"]))
-        .unwrap();
+    let refused = cloud.controller(&order(&agent, &url, &["--profile", "everything"]))?;
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    assert_eq!(keys(), 0, "they were written down");
-    // A capture that is there does not answer for an order that came to nothing.
-    let output = cloud.controller(&order(&agent, &url, &["--watch"])).unwrap();
-    let id = json_of(&output)["capture"].as_str().unwrap().to_owned();
-    assert_eq!(cloud.verify("latest", &[]).unwrap().2["capture"], id);
-    let mut arguments = order(&agent, &url, &[]);
-    arguments[2] = "i-0nothere";
-    let refused = cloud.controller(&arguments).unwrap();
-    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    assert!(
-        said(&refused).contains("InvalidInstanceId") && said(&refused).contains("stillframe doctor"),
-        "{refused:?}"
+    assert_eq!(
+        (keys(), cloud.ssm.taken()),
+        (0, 0),
+        "they were written down, or sent"
     );
-    let status = cloud.controller(&["status", "latest"]).unwrap();
+    // A capture that is there does not answer for an order that came to nothing.
+    let view = json_of(&cloud.controller(&order(&agent, &url, &["--watch"]))?);
+    assert_eq!(cloud.verify("latest", &[])?.2["capture"], view["capture"]);
+    let refused = to("--instance", "i-0nothere")?;
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    for part in ["InvalidInstanceId", "was not sent", "stillframe doctor"] {
+        assert!(said(&refused).contains(part), "{part}: {refused:?}");
+    }
+    let status = cloud.controller(&["status", "latest"])?;
     assert!(said(&status).contains("InvalidInstanceId"), "{status:?}");
-    let verified = cloud.controller(&["verify", "latest"]).unwrap();
+    let verified = cloud.controller(&["verify", "latest"])?;
     assert_eq!(verified.status.code(), Some(2), "{verified:?}");
     assert!(said(&verified).contains("the latest order is"), "{verified:?}");
+    // Of one whose answer was lost that is not said; and it is not sent again.
+    let taken = cloud.ssm.taken();
+    cloud.ssm.lose_an_answer();
+    let lost = to("--instance", INSTANCE)?;
+    assert_eq!(lost.status.code(), Some(2), "{lost:?}");
+    for output in [lost, cloud.controller(&["status", "latest"])?] {
+        assert!(said(&output).contains("Run Command's history"), "{output:?}");
+        assert!(!said(&output).contains("the order was not sent:"), "{output:?}");
+    }
+    assert_eq!(cloud.ssm.taken(), taken + 1);
+    Ok(())
 }
 
 /// An order for memory that got none says so, and why.
 #[test]
-fn what_is_missing_is_told_by_systems_manager() {
+fn what_is_missing_is_told_by_systems_manager() -> Result<()> {
     let _alone = alone();
     let cloud = cloud();
     let (agent, url) = (agent(), cloud.gate.url());
-    let output = cloud
-        .controller(&order(&agent, &url, &["--profile", "memory", "--watch"]))
-        .unwrap();
+    let output = cloud.controller(&order(&agent, &url, &["--profile", "memory", "--watch"]))?;
     assert_eq!(output.status.code(), Some(5), "{output:?}");
-    let why = json_of(&output)["hosts"][0]["told"]["why"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let view = json_of(&output);
+    let why = view["hosts"][0]["told"]["why"].as_str().unwrap_or_default();
     assert!(
         why.contains("memory unsupported (") && why.contains("/proc/kcore"),
-        "{why}"
+        "{view}"
     );
+    Ok(())
 }
 
 /// Its policy lets a responder order by the project's documents, and run nothing else.
 #[test]
-fn a_responder_runs_no_other_document() {
+fn a_responder_runs_no_other_document() -> Result<()> {
     let cloud = cloud();
-    let mut other = document("Stillframe-Capture");
-    other["description"] = json!("of somebody else");
-    cloud.ssm.document("AWS-RunShellScript", other).unwrap();
+    cloud
+        .ssm
+        .document("AWS-RunShellScript", document("Stillframe-Capture"))?;
     let (agent, url) = (agent(), cloud.gate.url());
-    let refused = cloud
-        .controller(&order(&agent, &url, &["--document", "AWS-RunShellScript"]))
-        .unwrap();
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let refused = cloud.controller(&order(&agent, &url, &["--document", "AWS-RunShellScript"]))?;
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
-    assert!(
-        said.contains("AccessDenied") && said.contains("document/AWS-RunShellScript"),
-        "{said}"
-    );
+    for part in ["AccessDenied", "document/AWS-RunShellScript"] {
+        assert!(said(&refused).contains(part), "{refused:?}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -629,7 +639,7 @@ fn one_service_is_reached_by_its_own_variable() {
 }
 
 #[test]
-fn stopped_at_any_moment_it_ends_in_a_signed_manifest() {
+fn stopped_at_any_moment_it_ends_in_a_signed_manifest() -> Result<()> {
     let _alone = alone();
     let cloud = cloud();
     // More steps than the agent has puts under way at once: some are not begun. With all of them behind it, there is nothing left to stop.
@@ -642,24 +652,26 @@ fn stopped_at_any_moment_it_ends_in_a_signed_manifest() {
     ] {
         let id = ordered_and_held(cloud, moment, &["--profile", "full"]);
         wait_for(cloud, &id, &["in-progress"]);
-        let output = cloud.controller(&["stop", &id, "--output", "json"]).unwrap();
+        let output = cloud.controller(&["stop", &id, "--output", "json"])?;
         assert_eq!(output.status.code(), Some(0), "{moment}: {output:?}");
         // Held until the agent was asked: else it may be at its end before.
-        let command = json_of(&output)["commands"][0].as_str().unwrap().to_owned();
+        let view = json_of(&output);
+        let command = view["commands"][0].as_str().context("no command")?;
         let began = Instant::now();
-        while !cloud.ssm.is_over(&command) {
+        while !cloud.ssm.is_over(command) {
             assert!(began.elapsed() < Duration::from_secs(60), "nobody was asked");
             std::thread::sleep(Duration::from_millis(20));
         }
         cloud.gate.faults.release();
         let view = wait_for(cloud, &id, &["stopped", "complete", "partial"]);
-        let state = view["hosts"][0]["state"].as_str().unwrap();
+        let state = view["hosts"][0]["state"].as_str().context("no state")?;
         assert!(states.contains(&state), "{moment}: {view}");
-        let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
+        let (verdict, code, report) = cloud.verify(&id, &[])?;
         assert_eq!((verdict.as_str(), code), ("verified", 0), "{moment}: {report}");
-        let again = cloud.controller(&["stop", &id]).unwrap();
+        let again = cloud.controller(&["stop", &id])?;
         assert_eq!(again.status.code(), Some(2), "{moment}: {again:?}");
     }
+    Ok(())
 }
 
 #[test]
@@ -672,10 +684,7 @@ fn cancelled_at_any_moment_what_was_acknowledged_is_salvaged() {
         let output = cloud.controller(&["cancel", &id]).unwrap();
         cloud.gate.faults.release();
         assert_eq!(output.status.code(), Some(0), "{output:?}");
-        assert!(
-            String::from_utf8_lossy(&output.stderr).contains("SIGKILL"),
-            "{output:?}"
-        );
+        assert!(said(&output).contains("SIGKILL"), "{output:?}");
         wait_for(cloud, &id, &["cancelled"]);
         let Ok((verdict, code, report)) = cloud.verify(&id, &[]) else {
             // Killed before its first event landed: there is no capture of that id, and that is what is said.
@@ -696,7 +705,7 @@ fn cancelled_at_any_moment_what_was_acknowledged_is_salvaged() {
 
 /// A host that falls silent is not waited for without end.
 #[test]
-fn a_host_that_is_silent_is_incomplete() {
+fn a_host_that_is_silent_is_incomplete() -> Result<()> {
     let _alone = alone();
     let cloud = cloud();
     let id = ordered_and_held(cloud, 3, &[]);
@@ -706,9 +715,7 @@ fn a_host_that_is_silent_is_incomplete() {
     let (verdict, code, report) = cloud.verify(&id, &[]).unwrap();
     // Who looks but once sees it, too; with more patience not yet.
     for (stall, lost) in [("2", true), ("600", false)] {
-        let looked = cloud
-            .controller(&["status", &id, "--stall", stall, "--output", "json"])
-            .unwrap();
+        let looked = cloud.controller(&["status", &id, "--stall", stall, "--output", "json"])?;
         assert_eq!(json_of(&looked)["hosts"][0]["lost"], lost, "{stall}: {looked:?}");
         assert_eq!(looked.status.code(), Some(3), "{looked:?}");
     }
@@ -729,6 +736,7 @@ fn a_host_that_is_silent_is_incomplete() {
     assert_eq!(cloud.verify(&id, &[]).unwrap().0, "verified");
     let cancelled = cloud.controller(&["cancel", &id]).unwrap();
     assert_eq!(cancelled.status.code(), Some(2), "what is over is not cancelled");
+    Ok(())
 }
 
 /// Whatever a person or a tag puts into an order is refused by a pattern or carried as data.

@@ -202,6 +202,18 @@ pub struct Told {
     pub why: Option<String>,
 }
 
+/// Nobody knows whether a command was taken: its answer was lost, or it was the service that failed.
+#[derive(Debug)]
+pub struct Unanswered(String);
+
+impl std::fmt::Display for Unanswered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unanswered {}
+
 fn refused<E, R>(error: &SdkError<E, R>) -> anyhow::Error
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
@@ -331,7 +343,7 @@ impl Ssm {
         Ok(found)
     }
 
-    /// Sends a document; the id of the command comes back.
+    /// Sends a document; the id of the command comes back. [`Unanswered`] where it may have been taken all the same.
     pub fn send(
         &self,
         document: &Document,
@@ -382,7 +394,14 @@ impl Ssm {
                 Err(error) if error.code() == Some("ThrottlingException") && tries < ATTEMPTS => {
                     std::thread::sleep(PACE.saturating_mul(tries));
                 }
-                Err(error) => return Err(refused(&error)),
+                Err(error) => {
+                    let status = error.raw_response().map(|answer| answer.status());
+                    return Err(if status.is_some_and(|status| status.is_client_error()) {
+                        refused(&error)
+                    } else {
+                        Unanswered(refused(&error).to_string()).into()
+                    });
+                }
             }
         };
         let id = answer.command().and_then(|c| c.command_id());

@@ -183,7 +183,11 @@ fn resources(operation: &str, body: &[u8]) -> Vec<String> {
         "SendCommand" => {
             let ids = body["InstanceIds"].as_array().into_iter().flatten().map(text);
             let ids = ids.chain(body["Targets"].is_array().then(|| "i-0any".to_owned()));
-            let mut all: Vec<String> = ids.map(|id| arn("ec2", &format!("instance/{id}"))).collect();
+            let instance = |id: String| match id.starts_with("mi-") {
+                true => arn("ssm", &format!("managed-instance/{id}")),
+                false => arn("ec2", &format!("instance/{id}")),
+            };
+            let mut all: Vec<String> = ids.map(instance).collect();
             all.push(arn("ssm", &format!("document/{}", text(&body["DocumentName"]))));
             all
         }

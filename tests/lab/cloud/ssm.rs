@@ -22,7 +22,7 @@ use std::{
     process::{Command, Stdio},
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -125,6 +125,8 @@ struct Inside {
     calls: AtomicU64,
     /// One call in so many is throttled; none where this is zero.
     throttle: AtomicU64,
+    /// The next command is taken, and the answer is that the service failed.
+    loses: AtomicBool,
     folder: tempfile::TempDir,
     /// Of each host that has executed anything.
     machines: Mutex<BTreeMap<String, Namespaces>>,
@@ -148,6 +150,7 @@ impl Ssm {
             changed: Condvar::new(),
             calls: AtomicU64::new(0),
             throttle: AtomicU64::new(0),
+            loses: AtomicBool::new(false),
             folder: tempfile::tempdir()?,
             machines: Mutex::default(),
             download: Mutex::default(),
@@ -194,6 +197,16 @@ impl Ssm {
             let mut each = sent.invocations.iter();
             each.all(|one| !matches!(one.status, "Pending" | "InProgress" | "Cancelling"))
         })
+    }
+
+    /// Takes the next command, and fails in place of an answer.
+    pub fn lose_an_answer(&self) {
+        self.inside.loses.store(true, Ordering::SeqCst);
+    }
+
+    /// How many commands were taken.
+    pub fn taken(&self) -> usize {
+        self.inside.state().commands.len()
     }
 
     /// Throttles one call of so many from here on.
@@ -279,6 +292,13 @@ impl Inside {
             "CancelCommand" => self.cancel(&body),
             other => Err(("UnknownOperationException", other.to_owned())),
         };
+        if operation == "SendCommand" && self.loses.swap(false, Ordering::SeqCst) {
+            return Response::new(
+                500,
+                "application/x-amz-json-1.1",
+                json!({"__type": "InternalServerError"}).to_string(),
+            );
+        }
         match answer {
             Ok(value) => Response::new(200, "application/x-amz-json-1.1", value.to_string()),
             Err((code, message)) => refused(code, message),

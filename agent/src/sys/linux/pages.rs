@@ -450,8 +450,9 @@ mod ed25519_key {
         seed.fill(0);
         clear();
         let _ = ready.send((key.public(), told));
+        // What was sent may be the seed.
+        clear();
         loop {
-            clear();
             let Ok(message) = asked.recv() else { return };
             let signed = sign(&key, message);
             // Before whoever waits for it is woken, perhaps in this thread's place.

@@ -5,7 +5,7 @@ use crate::{
     aws::{
         caller,
         session::{ADDRESS_SECONDS, Lender, Session},
-        ssm::{Document, Host, Spread, Ssm, Targets},
+        ssm::{Document, Host, Spread, Ssm, Targets, Unanswered},
     },
     command::{order::Order, watch, whom::Whom},
     stored::Store,
@@ -212,14 +212,6 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         .clone()
         .or_else(|| std::env::var("AWS_REGION").ok())
         .context("--region or AWS_REGION: the hosts must be told where the store is")?;
-    // The document and the host learn a name; who that is to AWS, whoever is on the host need not know.
-    let caller = match caller(&args.at.aws.reach()) {
-        Ok(arn) => Some(arn),
-        Err(error) => {
-            ui.warn(&format!("the order does not say who you are to AWS: {error:#}"));
-            None
-        }
-    };
     // Seconds are enough, and all that the document takes.
     let ordered_at = Timestamp::from_second(Timestamp::now().as_second())?;
     let mut order = Order {
@@ -229,7 +221,7 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
         store: store_name.to_owned(),
         nonce: uuid::Uuid::new_v4().simple().to_string(),
         ordered_by: orderer(),
-        caller,
+        caller: None,
         ordered_at,
         targets,
         document,
@@ -300,6 +292,11 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
             "Systems Manager knows no host in this region with that tag (with all of them, where several are given), and nothing was sent; --instance names a host by its id"
         );
     }
+    // The document and the host learn a name; who that is to AWS, whoever is on the host need not know.
+    match caller(&args.at.aws.reach()) {
+        Ok(arn) => order.caller = Some(arn),
+        Err(error) => ui.warn(&format!("the order does not say who you are to AWS: {error:#}")),
+    }
     let store = Store::open(&args.at)?;
     order
         .keep(&store)
@@ -317,6 +314,9 @@ pub fn run(args: &Args, ui: &Ui) -> Result<u8> {
     let sent = send(&mut order, args, &ssm, &store, &mut parameters, &spread, &comment);
     let code = match sent {
         Ok(()) => 0,
+        Err(error) if order.commands.is_empty() && error.is::<Unanswered>() => {
+            return Err(error.context("nobody knows whether the order was taken: look for its comment in Run Command's history before it is given again"));
+        }
         Err(error) if order.commands.is_empty() => {
             let error = error.context("the order was not sent: stillframe doctor says what of it would fail");
             order.refused = Some(format!("{error:#}"));
